@@ -1,0 +1,34 @@
+"""From an exception to a message and an exit code, in one place for every way in."""
+
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+
+from cheaptrain.errors import EXIT_FAILURE, CheaptrainError
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Run `main`; a CheaptrainError becomes its message on stderr and its exit code, a full disk or a refused permission
+    becomes exit 1 with the file named. Anything else is a bug and keeps its traceback.
+    """
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        main()
+    except CheaptrainError as error:
+        errors.print(f"[bold red]{_title(error)}[/bold red]", end=" ")
+        errors.print(str(error), markup=False)
+        errors.print(f"[dim]exit code {error.exit_code}[/dim]")
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        errors.print(f"[bold red]failed[/bold red] {error.strerror}: {error.filename or ''}", highlight=False)
+        sys.exit(EXIT_FAILURE)
+    except KeyboardInterrupt:
+        errors.print("interrupted; what was finished is kept")
+        sys.exit(130)
+
+
+def _title(error: CheaptrainError) -> str:
+    return {2: "recipe", 3: "refused", 4: "diverged", 75: "stopped"}.get(error.exit_code, "failed")

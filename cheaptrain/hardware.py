@@ -1,0 +1,47 @@
+"""GPUs by name: peak and memory, for the plan and for MFU.
+
+Dense bf16 peaks without sparsity, from the makers' data sheets. MFU is only shown for a GPU that is in this table: a number
+against a guessed peak would be worse than none.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU: dense bf16 peak in FLOP/s, memory in bytes."""
+
+    name: str
+    flops: float
+    memory_bytes: int
+
+
+# Longer names first: "H100 PCIe" must be tried before "H100".
+GPUS = (
+    Gpu("B200", 2250e12, 180_000_000_000),
+    Gpu("H200", 989e12, 141_000_000_000),
+    Gpu("H100 PCIe", 756e12, 80_000_000_000),
+    Gpu("H100 NVL", 835e12, 94_000_000_000),
+    Gpu("H100", 989e12, 80_000_000_000),
+    Gpu("A100-SXM4-40GB", 312e12, 40_000_000_000),
+    Gpu("A100-PCIE-40GB", 312e12, 40_000_000_000),
+    Gpu("A100", 312e12, 80_000_000_000),
+    Gpu("L40S", 362e12, 48_000_000_000),
+    Gpu("L4", 121e12, 24_000_000_000),
+    Gpu("A10G", 70e12, 24_000_000_000),
+    Gpu("RTX 6000 Ada", 364e12, 48_000_000_000),
+    Gpu("RTX A6000", 155e12, 48_000_000_000),
+    Gpu("RTX 5090", 209.5e12, 32_000_000_000),
+    Gpu("RTX 4090", 165.2e12, 24_000_000_000),
+    Gpu("RTX 3090", 71e12, 24_000_000_000),
+)
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The table's entry whose name stands in `name` ("NVIDIA H200", "h200"), or None."""
+    wanted = _plain(name)
+    return next((gpu for gpu in GPUS if _plain(gpu.name) in wanted), None)
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
