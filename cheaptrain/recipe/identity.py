@@ -1,0 +1,77 @@
+"""What a run *is*: the recipe without what may change between a run and its resumption.
+
+A run that is resumed must be the same run. Operational keys (how often to log, how many rows fit the device, where the
+folders are) may differ; anything else makes another run. The trap is comparing text: `tokens = "10B"` and
+`tokens = 10_000_000_000` are one recipe, so values are compared as the schema reads them.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from cheaptrain.recipe.schema import Recipe, Section
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """Every key that is not operational, defaults included, as plain JSON values. Tables left empty are left out."""
+    kept: dict[str, Any] = _identity(recipe)
+    return json.loads(json.dumps(kept))  # tuples become lists: equal to what comes back from a file
+
+
+def identity_hash(recipe: Recipe) -> str:
+    """SHA-256 (hex) of the identity."""
+    text = json.dumps(identity(recipe), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two identities, a line a key: `train.lr: 0.0003 -> 0.0006`. Sources are matched by name."""
+    before, after = _leaves(old), _leaves(new)
+    lines = [
+        f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
+        for key in dict.fromkeys([*before, *after])
+        if _shown(before.get(key)) != _shown(after.get(key))
+    ]
+    if not lines and json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
+        orders = [", ".join(source["name"] for source in kept["data"]["sources"]) for kept in (old, new)]
+        lines = [f"data.sources, in order: {orders[0]} -> {orders[1]}"]
+    return lines
+
+
+def is_operational(section: type[Section], key: str) -> bool:
+    """Whether the key may differ between a run and its resumption."""
+    extra = section.model_fields[key].json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("operational"))
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, Section):
+        plain = value.model_dump(mode="json")
+        kept = {}
+        for key in type(value).model_fields:
+            if is_operational(type(value), key):
+                continue
+            child = getattr(value, key)
+            nested = isinstance(child, Section) or (isinstance(child, list) and child and isinstance(child[0], Section))
+            inner = _identity(child) if nested else plain[key]
+            if not isinstance(child, Section) or inner:
+                kept[key] = inner
+        return kept
+    return [_identity(item) for item in value]
+
+
+def _leaves(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value. Named tables of a list go by their name; what says nothing (null, {}) is left out."""
+    leaves: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
+            value = {item["name"]: item for item in value}
+        if isinstance(value, dict) and value:
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        elif value is not None and value != {}:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value, ensure_ascii=False)
