@@ -1,0 +1,110 @@
+"""Cross-entropy through the language-model head, a chunk of tokens at a time.
+
+The logits of 32,768 tokens over a vocabulary of 128,256 are 16.8 GB in fp32, and plain autograd keeps several copies. Here
+the logits of one chunk are made, turned into their own gradient in place, multiplied into the gradients of the hidden
+states and of the head, and dropped: the largest thing alive is `[chunk, vocab]`. The gradients are therefore ready when the
+forward ends, and the backward only scales them by the incoming scalar.
+
+The loss is a *sum* over supervised tokens, never a mean: the caller divides by the count of the whole global batch, which
+is the only division that makes accumulation and the number of processes invisible.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+IGNORED = -100
+
+
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain way: all logits at once. Same arguments and results as `linear_cross_entropy`."""
+    logits = functional.linear(hidden, weight).float()
+    loss = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return loss, ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int = 8192
+) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies of `hidden @ weight.T`, and how many tokens were predicted right.
+
+    Args:
+        hidden: `[tokens, hidden]`, the final hidden states, in the compute dtype.
+        weight: `[vocab, hidden]`, the head. Cast to the dtype of `hidden` for the products; its gradient is summed in
+            the dtype of `weight`.
+        labels: `[tokens]` int64, the target of each position; -100 is not supervised.
+        chunk_tokens: tokens whose logits exist at once.
+
+    Returns:
+        loss: fp32 scalar, in nats, summed over supervised tokens (0 when there is none).
+        correct: int64 scalar, supervised tokens whose likeliest next token is the label.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or labels.dim() != 1:
+        raise ValueError(
+            f"expected [tokens, hidden], [vocab, hidden], [tokens]; got {hidden.shape}, {weight.shape}, {labels.shape}"
+        )
+    loss, correct = _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens)
+    return loss, correct
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int = 8192) -> Tensor:
+    """The cross-entropy of each token, `[tokens]` fp32, without gradients; 0 where the label is -100. For evaluation."""
+    compute_weight = weight.to(hidden.dtype)
+    losses = [
+        functional.cross_entropy(functional.linear(states, compute_weight).float(), target, reduction="none")
+        for states, target in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+    ]
+    return torch.cat(losses)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        compute_weight = weight.to(hidden.dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros_like(weight) if want_weight else None
+
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            chunk, target = hidden[rows], labels[rows]
+            supervised = target != IGNORED
+            index = target.clamp_min(0).unsqueeze(1)  # [chunk, 1]
+            logits = functional.linear(chunk, compute_weight).float()  # [chunk, vocab]
+            correct += ((logits.argmax(-1) == target) & supervised).sum()
+            log_normaliser = logits.logsumexp(-1)
+            loss += ((log_normaliser - logits.gather(1, index).squeeze(1)) * supervised).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # softmax - one_hot, written over the logits; unsupervised rows become exactly zero.
+            gradient = logits.sub_(log_normaliser.unsqueeze(1)).exp_()
+            gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
+            gradient.mul_(supervised.unsqueeze(1))
+            gradient = gradient.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = gradient @ compute_weight
+            if grad_weight is not None:
+                if gradient.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(gradient.T, chunk)
+                else:
+                    grad_weight += gradient.T @ chunk
+        ctx.gradients = (grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None  # free them: a second backward through the same loss is an error, as with any saved tensor
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(grad_loss.to(grad_hidden.dtype))
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_loss.to(grad_weight.dtype))
+        return grad_hidden, grad_weight, None, None
