@@ -1,8 +1,8 @@
 """What can go wrong, and the exit code that says so.
 
-Every error a user can cause or meet is one of these. The message names what, where (file, line, key) and what to do; the
-command line prints it without a traceback and exits with `exit_code`. Anything else that escapes is a bug, and keeps its
-traceback.
+Every error a user can cause or meet is one of these. The message names what, where (file, line, key) and what to do;
+the command line prints it without a traceback and exits with `exit_code`. Anything else that escapes is a bug, and
+keeps its traceback.
 """
 
 EXIT_DONE = 0
@@ -26,7 +26,8 @@ class RecipeError(CheaptrainError):
 
 
 class PreflightError(CheaptrainError):
-    """Nothing was started because it could not end well: missing data, no space, another run in the way. Exit code 3."""
+    """Nothing was started because it could not end well: missing data, no space, another run in the way. Exit code
+    3."""
 
     exit_code = EXIT_PREFLIGHT
 

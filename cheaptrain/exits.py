@@ -9,8 +9,8 @@ from cheaptrain.errors import EXIT_FAILURE, CheaptrainError
 
 
 def guarded(main: Callable[[], None]) -> None:
-    """Run `main`; a CheaptrainError becomes its message on stderr and its exit code, a full disk or a refused permission
-    becomes exit 1 with the file named. Anything else is a bug and keeps its traceback.
+    """Run `main`; a CheaptrainError becomes its message on stderr and its exit code, a full disk or a refused
+    permission becomes exit 1 with the file named. Anything else is a bug and keeps its traceback.
     """
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
@@ -23,7 +23,8 @@ def guarded(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        errors.print(f"[bold red]failed[/bold red] {error.strerror}: {error.filename or ''}", highlight=False)
+        errors.print("[bold red]failed[/bold red]", end=" ")
+        errors.print(f"{error.strerror}: {error.filename or ''}", markup=False)
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         errors.print("interrupted; what was finished is kept")

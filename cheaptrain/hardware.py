@@ -1,7 +1,7 @@
 """GPUs by name: peak and memory, for the plan and for MFU.
 
-Dense bf16 peaks without sparsity, from the makers' data sheets. MFU is only shown for a GPU that is in this table: a number
-against a guessed peak would be worse than none.
+Dense bf16 peaks without sparsity, from the makers' data sheets. MFU is only shown for a GPU that is in this table: a
+number against a guessed peak would be worse than none.
 """
 
 from dataclasses import dataclass

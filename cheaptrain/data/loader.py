@@ -9,7 +9,7 @@ is awaited.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -54,7 +54,7 @@ class Loader:
             for m in range(0, len(rows), micro)
         ]
 
-    def prefetch(self, first_row: int, steps: int, ahead: int = 2) -> Iterator[list[RowBatch]]:
+    def prefetch(self, first_row: int, steps: int, ahead: int = 2) -> Generator[list[RowBatch], None, None]:
         """`steps` steps from `first_row` on, read in a background thread up to `ahead` steps before they are asked for.
 
         What fails in the thread is raised here. Leaving early (closing or dropping the iterator) ends the thread.

@@ -37,7 +37,9 @@ class RowBatch:
         kernel runs depends on their values, and reading them on a GPU would stop it."""
         if device.type == "cpu":
             return self
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("input_ids", "labels", "position_ids")}
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True) for name in ("input_ids", "labels", "position_ids")
+        }
         return replace(self, **moved)
 
 

@@ -27,16 +27,19 @@ def fetch_model(spec: schema.Model) -> Path | None:
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = " ".join(str(error).split())
         raise PreflightError(
-            f"model: {locate(spec)} could not be fetched from the hub: check the id, the network and the login ({reason})"
+            f"model: {locate(spec)} could not be fetched from the hub: check the id, the network and the login "
+            f"({reason})"
         ) from error
 
 
 def model_folder(spec: schema.Model) -> Path:
-    """The folder behind `spec.config` or `spec.init_from` on this machine. Raises PreflightError when it is not here."""
+    """The folder behind `spec.config` or `spec.init_from` on this machine. Raises PreflightError when it is not
+    here."""
     where = locate(spec)
     if Path(where).is_dir():
         return Path(where)
     try:
         return Path(snapshot_download(where, revision=spec.revision, local_files_only=True))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise PreflightError(f"model: {where} is not on this machine; run `cheaptrain prepare` on this recipe") from error
+        what = f"model: {where} is not on this machine; run `cheaptrain prepare` on this recipe"
+        raise PreflightError(what) from error

@@ -1,12 +1,12 @@
 """Cross-entropy through the language-model head, a chunk of tokens at a time.
 
-The logits of 32,768 tokens over a vocabulary of 128,256 are 16.8 GB in fp32, and plain autograd keeps several copies. Here
-the logits of one chunk are made, turned into their own gradient in place, multiplied into the gradients of the hidden
-states and of the head, and dropped: the largest thing alive is `[chunk, vocab]`. The gradients are therefore ready when the
-forward ends, and the backward only scales them by the incoming scalar.
+The logits of 32,768 tokens over a vocabulary of 128,256 are 16.8 GB in fp32, and plain autograd keeps several copies.
+Here the logits of one chunk are made, turned into their own gradient in place, multiplied into the gradients of the
+hidden states and of the head, and dropped: the largest thing alive is `[chunk, vocab]`. The gradients are therefore
+ready when the forward ends, and the backward only scales them by the incoming scalar.
 
-The loss is a *sum* over supervised tokens, never a mean: the caller divides by the count of the whole global batch, which
-is the only division that makes accumulation and the number of processes invisible.
+The loss is a *sum* over supervised tokens, never a mean: the caller divides by the count of the whole global batch,
+which is the only division that makes accumulation and the number of processes invisible.
 """
 
 from typing import Any
@@ -52,7 +52,8 @@ def linear_cross_entropy(
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int = 8192) -> Tensor:
-    """The cross-entropy of each token, `[tokens]` fp32, without gradients; 0 where the label is -100. For evaluation."""
+    """The cross-entropy of each token, `[tokens]` fp32, without gradients; 0 where the label is -100. For
+    evaluation."""
     compute_weight = weight.to(hidden.dtype)
     losses = [
         functional.cross_entropy(functional.linear(states, compute_weight).float(), target, reduction="none")
@@ -94,6 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(gradient.T, chunk)
                 else:
                     grad_weight += gradient.T @ chunk
+            del logits, gradient  # or they would still be there when the next chunk's logits are made
         ctx.gradients = (grad_hidden, grad_weight)
         ctx.mark_non_differentiable(correct)
         return loss, correct
