@@ -1,0 +1,41 @@
+"""What a run would take, said before anything starts: steps, tokens, memory, time, disk, money.
+
+`cheaptrain plan` prints it for any recipe, prepared or not; the same block opens training, so that nobody starts a run
+whose numbers they have not seen. The trap: a plan that refuses to speak until everything is prepared comes too late to
+plan with.
+"""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from cheaptrain.errors import PreflightError
+from cheaptrain.recipe.load import LoadedRecipe
+from cheaptrain.report.advice import impossibilities
+from cheaptrain.report.device import device_to_plan_for, this_device
+from cheaptrain.report.plan_view import print_report
+from cheaptrain.report.reckon import plan_report
+from cheaptrain.train.outlook import Outlook, outlook_of, survey_leniently
+from cheaptrain.train.survey import Survey
+
+
+def print_plan(survey: Survey, console: Console) -> None:
+    """The block that opens training, for this machine."""
+    print_report(plan_report(outlook_of(survey), this_device()), console)
+
+
+def print_plans(recipes: Sequence[LoadedRecipe], console: Console) -> None:
+    """`cheaptrain plan`: a block for each recipe, for `plan.gpus` processes of `plan.gpu`, whatever is prepared.
+
+    Raises RecipeError where the numbers do not add up, and PreflightError, after printing, where the run is impossible.
+    """
+    outlooks: list[Outlook] = []
+    problems = []
+    for loaded in recipes:
+        outlook = survey_leniently(loaded, loaded.recipe.plan.gpus, outlooks)
+        outlooks.append(outlook)
+        report = plan_report(outlook, device_to_plan_for(loaded.recipe.plan))
+        print_report(report, console)
+        problems += [f"{loaded.path}: {problem}" for problem in impossibilities(report)]
+    if problems:
+        raise PreflightError("\n".join(problems))
