@@ -1,0 +1,33 @@
+"""The one door to training.
+
+    accelerate launch launch/run.py RECIPE [RECIPE …] [key=value …]
+
+Several recipes run one after the other; overrides apply to all of them. Training makes no call to the hub: what it
+needs was fetched by `cheaptrain prepare`.
+"""
+
+import os
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from cheaptrain.errors import RecipeError
+from cheaptrain.exits import guarded
+
+
+def main() -> None:
+    """Load every recipe, then run them in order."""
+    arguments = sys.argv[1:]
+    overrides = [argument for argument in arguments if "=" in argument]
+    paths = [argument for argument in arguments if "=" not in argument]
+    if not paths or any(path.startswith("-") for path in paths):
+        raise RecipeError("usage: accelerate launch launch/run.py RECIPE [RECIPE …] [key=value …]")
+    from cheaptrain.train.chain import run_chain
+
+    run_chain(paths, overrides)
+
+
+if __name__ == "__main__":
+    guarded(main)

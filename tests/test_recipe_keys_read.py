@@ -1,0 +1,114 @@
+"""A key that is accepted and read by nothing is the worst kind of silence: every key must be read by something."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+from small_runs import prepare, recipe_table, run_child, write_recipe, write_texts
+
+import cheaptrain
+from cheaptrain.recipe import schema
+
+# Read in the processes that prepare, where the spy of this test does not reach: looked for in the source instead.
+READ_WHILE_PREPARING = (schema.Source, schema.Drills, schema.TokenizerTrain, schema.Tokenizer)
+# While preparing, for a hub id only, or only when a step is not finite (tested with the runs).
+READ_ELSEWHERE = {
+    *("Data.unit_bytes", "Data.workers", "Data.validation", "Model.revision", "Model.config"),
+    *("Train.on_nonfinite", "Train.max_skipped_steps"),
+}
+
+
+def _fields() -> dict[str, type[schema.Section]]:
+    sections = [kind for kind in vars(schema).values() if isinstance(kind, type) and issubclass(kind, schema.Section)]
+    return {f"{kind.__name__}.{name}": kind for kind in sections for name in kind.model_fields}
+
+
+def _spied(paths: list[str], note: Path) -> Any:
+    """Work for a child: plan, inspect and train the recipes, noting every key that is read after the recipe is
+    loaded."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from cheaptrain.recipe import load
+        from cheaptrain.report.inspect import print_rows
+        from cheaptrain.report.plan import print_plans
+        from cheaptrain.train import chain
+
+        console = Console()
+        loaded = [load.load_recipe(path) for path in paths]
+        read: set[str] = set()
+        plain = schema.Section.__getattribute__
+
+        def spy(self: schema.Section, name: str) -> Any:
+            if name in type(self).model_fields:
+                read.add(f"{type(self).__name__}.{name}")
+            return plain(self, name)
+
+        # Loading, resolving where values came from, and the identity read every key; they must not count.
+        chain.load_recipe = lambda path, overrides: next(recipe for recipe in loaded if str(recipe.path) == path)
+        chain.identity = _unseen(chain.identity, plain, spy)
+        schema.Section.__getattribute__ = spy  # type: ignore[method-assign]
+        print_plans(loaded, console)
+        for recipe in loaded:
+            print_rows(recipe, console, first_row=0, count=1)
+        chain.run_chain(paths, ())
+        schema.Section.__getattribute__ = plain  # type: ignore[method-assign]
+        note.write_text("\n".join(sorted(read)))
+
+    return work
+
+
+def _unseen(function: Any, plain: Any, spy: Any) -> Any:
+    def wrapped(*arguments: Any) -> Any:
+        schema.Section.__getattribute__ = plain  # type: ignore[method-assign]
+        try:
+            return function(*arguments)
+        finally:
+            schema.Section.__getattribute__ = spy  # type: ignore[method-assign]
+
+    return wrapped
+
+
+def test_every_recipe_key_is_read_by_something(tmp_path: Path) -> None:
+    write_texts(tmp_path, documents=200)
+    paths = []
+    for name, changes in {
+        "plain": {"train": {"steps": None, "tokens": 1024}},
+        "muon": {
+            "train": {"optimizer": "muon", "muon_lr": 0.01, "muon_momentum": 0.9, "schedule": "wsd", "decay": "50%"},
+            "samples": {"prompts": ["notes 1:"], "max_new_tokens": 2, "temperature": 0.5},
+            "log": {"trackers": ["tensorboard"]},
+            "plan": {"tokens_per_second": 1000.0, "dollars_per_gpu_hour": 2.0, "gpu": "H200"},
+        },
+        "epochs": {"train": {"steps": None, "epochs": 0.3, "on_nonfinite": "skip"}},
+        "flops": {"train": {"steps": None, "flops": 1e9}, "plan": {"gpu": "H200"}},
+        "ratio": {"train": {"steps": None, "tokens_per_parameter": 0.01}},
+        "second": {"model": {"preset": None, "init_from": str(tmp_path / "plain" / "final")}},
+    }.items():
+        table = recipe_table(tmp_path, name)
+        table["train"]["steps"] = 4
+        table["train"]["warmup"] = "10%"
+        for section, values in changes.items():
+            merged = table.get(section, {}) | values
+            table[section] = {key: value for key, value in merged.items() if value is not None}
+        paths.append(write_recipe(tmp_path / f"{name}.toml", table))
+    prepare(paths[0])
+    log, note = tmp_path / "log", tmp_path / "read"
+    assert run_child(_spied(paths, note), log) == 0, log.read_text()[-3000:]
+    read = set(note.read_text().split())
+
+    attributes = {
+        node.attr
+        for file in Path(cheaptrain.__file__).parent.rglob("*.py")
+        if file.parent.name != "recipe"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    unread = []
+    for key, kind in _fields().items():
+        name = key.partition(".")[2]
+        elsewhere = kind in READ_WHILE_PREPARING or key in READ_ELSEWHERE
+        if key not in read and not (elsewhere and name in attributes):
+            unread.append(key)
+    assert unread == []
