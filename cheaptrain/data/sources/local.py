@@ -1,0 +1,294 @@
+"""Local files: parquet by row groups, jsonl by byte ranges, compressed jsonl and txt by the file.
+
+Files are taken in sorted order and cut into pieces; consecutive pieces fill a unit up to about `unit_bytes` of text. A
+jsonl piece owns the lines that begin inside its byte range, so pieces can be read by different workers and every line
+is read exactly once. The trap: a bad line must be named by its line in the file, which a worker that began in the
+middle does not know; it counts the lines before it only when there is something to report.
+"""
+
+import glob
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cheaptrain.data.files import InputHashes, cannot_read
+from cheaptrain.data.sources import Bad, Input, Plan, Unit, check_unchanged, file_stamp, make_unit
+from cheaptrain.data.sources.column import choose_column
+from cheaptrain.errors import PreflightError
+from cheaptrain.recipe import schema
+
+_SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt"}
+_SUFFIXES |= {".jsonl.gz": "jsonl.gz", ".jsonl.zst": "jsonl.zst"}
+_BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowException)
+_LINES_TO_JUDGE_BY = 100
+_COMPRESSION = 3  # text bytes expected of one compressed byte; only progress and free space depend on it
+
+
+def find_files(patterns: str | list[str], key: str) -> tuple[list[str], list[str]]:
+    """Paths that the globs match, sorted, each file once; and notes. Raises PreflightError for a glob without match."""
+    found: dict[str, str] = {}
+    twice = 0
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matches = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+        if not matches and os.path.isdir(pattern):
+            raise PreflightError(
+                f"{key}: {pattern!r} is a folder; write {pattern.rstrip('/')}/**/*.parquet or the like"
+            )
+        if not matches:
+            what = "no file matches" if glob.has_magic(pattern) else "no such file:"
+            raise PreflightError(f"{key}: {what} {pattern!r} (looked from {os.getcwd()}); check the path in the recipe")
+        for path in matches:
+            twice += os.path.realpath(path) in found
+            found.setdefault(os.path.realpath(path), path)
+    notes = [f"{twice} file{'s' * (twice > 1)} given twice by {key}, read once"] if twice else []
+    return sorted(found.values()), notes
+
+
+def plan(source: schema.Source, unit_bytes: int, hashes: InputHashes) -> Plan:
+    """Units over all files. Raises PreflightError: no match, unknown kind, unreadable, broken, wrong column."""
+    assert source.files is not None
+    key = f"source {source.name!r}: files"
+    paths, notes = find_files(source.files, key)
+    kinds = [_kind(path, key) for path in paths]
+    stamps = [file_stamp(path) for path in paths]
+    inputs = [
+        Input(path, fingerprint, os.path.getsize(path))
+        for path, fingerprint in zip(paths, hashes.of(map(Path, paths)), strict=True)
+    ]
+    column = source.column
+    if column is None and any(kind != "txt" for kind in kinds):
+        tables = (index for index, kind in enumerate(kinds) if kind != "txt" and inputs[index].size)
+        if (first := next(tables, None)) is not None:
+            column = choose_column(_columns(paths[first], kinds[first]), None, paths[first], source.name)
+            notes.append(f"text column: {column}")
+    pieces = []
+    for path, kind, stamp, item in zip(paths, kinds, stamps, inputs, strict=True):
+        if kind != "txt" and item.size:
+            choose_column(_columns(path, kind), column, path, source.name)
+        pieces += [(item, piece | {"stamp": stamp}, size) for piece, size in _pieces(path, kind, column, unit_bytes)]
+    units: list[Unit] = []
+    group: list[tuple[Input, dict[str, Any], int]] = []
+    for index, entry in enumerate(pieces):
+        group.append(entry)
+        alone = entry[1]["kind"] in ("jsonl.gz", "jsonl.zst")
+        next_alone = index + 1 < len(pieces) and pieces[index + 1][1]["kind"] in ("jsonl.gz", "jsonl.zst")
+        if alone or next_alone or index + 1 == len(pieces) or sum(size for *_, size in group) >= unit_bytes:
+            units.append(_unit(len(units), group, source.on_bad_line))
+            group = []
+    return Plan(tuple(units), tuple(notes))
+
+
+def documents(unit: Unit) -> Iterator[str | Bad]:
+    """The documents of a unit's pieces. Raises PreflightError when a file is gone, changed or broken as a whole."""
+    for piece in unit.pieces:
+        path = piece["path"]
+        check_unchanged(piece)
+        try:
+            if piece["kind"] == "parquet":
+                yield from _parquet(path, piece["row_group"], piece["column"])
+            elif piece["kind"] == "txt":
+                with open(path, "rb") as file:
+                    yield _decoded(file.read(), path)
+            elif piece["kind"] == "jsonl":
+                yield from _jsonl_range(path, piece["start"], piece["stop"], piece["column"])
+            else:
+                with _decompressed(path, piece["kind"]) as stream:
+                    for number, line in enumerate(stream, 1):
+                        yield from json_document(line, piece["column"], f"{path}:{number}", first=number == 1)
+        except _BROKEN as error:
+            raise PreflightError(f"{path}: broken or cut short ({error}); fetch or write it again") from error
+        except OSError as error:
+            raise PreflightError(_cannot_read(path, error)) from error
+        check_unchanged(piece)
+
+
+def json_document(line: bytes, column: str, where: str, first: bool = False) -> Iterator[str | Bad]:
+    """The text of one JSON line; nothing for a blank one."""
+    if first:
+        line = line.removeprefix(b"\xef\xbb\xbf")
+    if line.isspace() or not line:
+        return
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        yield Bad(where, f"not UTF-8 ({error.reason} at byte {error.start} of the line)")
+    except ValueError as error:
+        yield Bad(where, f"not JSON ({error})")
+    else:
+        if not isinstance(record, dict):
+            yield Bad(where, f"a JSON {type(record).__name__}, not an object with a column {column!r}")
+        else:
+            yield text_value(record.get(column), column, where)
+
+
+def text_value(value: Any, column: str, where: str) -> str | Bad:
+    """`value` if it is text that can be encoded, else what is wrong with it."""
+    if value is None:
+        return Bad(where, f"no value in column {column!r}")
+    if not isinstance(value, str):
+        return Bad(where, f"column {column!r} holds a {type(value).__name__}, not text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return Bad(where, f"half a surrogate pair at character {error.start}: not text that UTF-8 can write")
+    return value
+
+
+def _kind(path: str, key: str) -> str:
+    for suffix, kind in _SUFFIXES.items():
+        if path.lower().endswith(suffix):
+            return kind
+    raise PreflightError(f"{key}: {path}: unknown kind of file; there are {', '.join(_SUFFIXES)}")
+
+
+def _pieces(path: str, kind: str, column: str | None, unit_bytes: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """(piece, expected bytes of text) for one file."""
+    size = os.path.getsize(path)
+    piece: dict[str, Any] = {"path": path, "name": path, "kind": kind}
+    if kind != "txt":
+        piece["column"] = column
+    if kind == "parquet":
+        metadata = _parquet_file(path).metadata
+        for row_group in range(metadata.num_row_groups):
+            group = metadata.row_group(row_group)
+            chunks = [group.column(index) for index in range(group.num_columns)]
+            text = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+            yield piece | {"row_group": row_group}, text
+    elif kind == "jsonl":
+        step = max(1, unit_bytes)
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            yield piece | {"start": start, "stop": stop}, stop - start
+    else:
+        yield piece, size * _COMPRESSION if kind != "txt" else size
+
+
+def _unit(index: int, group: list[tuple[Input, dict[str, Any], int]], on_bad_line: str) -> Unit:
+    first, last = group[0][1], group[-1][1]
+    label = _place(first) if len(group) == 1 else f"{_place(first)} to {_place(last)}"
+    return make_unit(
+        index, label, [item for item, *_ in group], [piece for _, piece, _ in group], sum(size for *_, size in group),
+        on_bad_line=on_bad_line,
+    )  # fmt: skip
+
+
+def _place(piece: dict[str, Any]) -> str:
+    if "row_group" in piece:
+        return f"{piece['name']} row group {piece['row_group']}"
+    return f"{piece['name']} from byte {piece['start']:,}" if piece.get("start") else str(piece["name"])
+
+
+def _columns(path: str, kind: str) -> dict[str, bool]:
+    """Columns of a file, and whether each holds text; of jsonl, as far as its first lines tell."""
+    if kind == "parquet":
+        return arrow_columns(_parquet_file(path).schema_arrow)
+    columns: dict[str, bool] = {}
+    try:
+        with _decompressed(path, kind) as stream:
+            for line in islice(stream, _LINES_TO_JUDGE_BY):
+                try:
+                    record = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+                except ValueError:
+                    continue  # named, with its number, when the documents are read
+                for name, value in record.items() if isinstance(record, dict) else ():
+                    columns[name] = columns.get(name, False) or isinstance(value, str)
+    except _BROKEN as error:
+        raise PreflightError(f"{path}: broken or cut short ({error}); fetch or write it again") from error
+    except OSError as error:
+        raise PreflightError(_cannot_read(path, error)) from error
+    if not columns:
+        raise PreflightError(f"{path}:1: none of the first lines is a JSON object with columns; is this a jsonl file?")
+    return columns
+
+
+def arrow_columns(arrow_schema: pa.Schema) -> dict[str, bool]:
+    """Columns of an Arrow schema, and whether each holds text."""
+    return {
+        field.name: pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in arrow_schema
+    }
+
+
+def _parquet_file(path: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowException as error:
+        raise PreflightError(f"{path}: not a whole parquet file ({error}); fetch or write it again") from error
+    except OSError as error:
+        raise PreflightError(cannot_read(path, error)) from error
+
+
+def _parquet(path: str, row_group: int, column: str) -> Iterator[str | Bad]:
+    file = _parquet_file(path)
+    row = sum(file.metadata.row_group(index).num_rows for index in range(row_group))
+    for batch in file.iter_batches(1024, row_groups=[row_group], columns=[column]):
+        values = batch.column(0)
+        try:
+            texts = values.to_pylist()
+        except UnicodeDecodeError:
+            texts = [_decoded(raw, "") for raw in values.cast(pa.large_binary()).to_pylist()]
+        for text in texts:
+            # Files written by pyarrow may hold any bytes in a string column; text that decoded is clean.
+            good = isinstance(text, str)
+            yield text if good else Bad(f"{path} row {row:,}", getattr(text, "why", f"no value in column {column!r}"))
+            row += 1
+
+
+def _jsonl_range(path: str, start: int, stop: int, column: str) -> Iterator[str | Bad]:
+    """Lines that begin in [start, stop)."""
+    with open(path, "rb") as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()  # a line that began before `start` belongs to the piece before
+        first_byte = position = file.tell()
+        number = 0
+        while position < stop and (line := file.readline()):
+            number += 1
+            for document in json_document(line, column, "", first=position == 0):
+                if isinstance(document, Bad):
+                    document = Bad(f"{path}:{_lines_before(path, first_byte) + number}", document.why)
+                yield document
+            position += len(line)
+
+
+def _lines_before(path: str, offset: int) -> int:
+    lines = 0
+    with open(path, "rb") as file:
+        while offset and (block := file.read(min(offset, 1 << 20))):
+            lines += block.count(b"\n")
+            offset -= len(block)
+    return lines
+
+
+def _decompressed(path: str, kind: str) -> BinaryIO:
+    if kind == "jsonl.gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if kind == "jsonl.zst":
+        # Not the zstandard package: its reader takes a file that was cut short for one that ends.
+        return io.BufferedReader(pa.input_stream(path, compression="zstd"), 1 << 20)  # type: ignore[arg-type]
+    return open(path, "rb")
+
+
+def _decoded(raw: bytes | None, where: str) -> str | Bad:
+    if raw is None:
+        return Bad(where, "no value")
+    try:
+        return raw.removeprefix(b"\xef\xbb\xbf").decode()
+    except UnicodeDecodeError as error:
+        return Bad(where, f"not UTF-8 ({error.reason} at byte {error.start})")
+
+
+def _cannot_read(path: str, error: OSError) -> str:
+    """pyarrow raises OSError, without a number, for a stream that is cut short."""
+    return (
+        cannot_read(path, error) if error.errno else f"{path}: broken or cut short ({error}); fetch or write it again"
+    )
