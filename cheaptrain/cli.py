@@ -29,12 +29,19 @@ def prepare(
 ) -> None:
     """Turn the sources of recipes into token shards. Can be killed and run again at any time."""
     from cheaptrain.data.prepare import prepare_recipe
+    from cheaptrain.model.hub import fetch_model
     from cheaptrain.recipe.load import load_recipe
 
     paths, overrides = _split(arguments)
     part = _parse_shard(shard)
-    for loaded in [load_recipe(path, overrides) for path in paths]:
-        prepare_recipe(loaded.recipe, part, console=Console())
+    recipes = [load_recipe(path, overrides).recipe for path in paths]
+    written_here = [Path(recipe.run.dir).absolute() for recipe in recipes]
+    for recipe in recipes:
+        start = recipe.model.init_from
+        # What an earlier recipe of this command will write cannot be fetched, and need not be.
+        if start is None or not any(Path(start).absolute().is_relative_to(folder) for folder in written_here):
+            fetch_model(recipe.model)
+        prepare_recipe(recipe, part, console=Console())
 
 
 @app.command()

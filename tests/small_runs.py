@@ -78,7 +78,14 @@ def recipe_table(folder: Path, run: str = "run") -> dict[str, Any]:
                 {"name": "notes", "files": str(folder / "notes.jsonl"), "weight": 1, "max_epochs": 9.0},
             ],
         },
-        "train": {"steps": 60, "global_batch_tokens": 256, "micro_batch_size": 2, "lr": 3e-3, "warmup": "4 steps"},
+        "train": {
+            "steps": 60,
+            "global_batch_tokens": 256,
+            "micro_batch_size": 2,
+            "lr": 3e-3,
+            "warmup": "4 steps",
+            "cpu_threads": 1,
+        },
         "validation": {"every": "20 steps", "tokens": 256},
         "checkpoint": {"every": "5 steps", "keep_last": 3},
     }

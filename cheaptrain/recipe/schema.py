@@ -266,6 +266,9 @@ class Train(Section):
     )
     activation_checkpointing: bool = operational(False, "recompute each layer in the backward pass to save memory")
     compile: Literal["auto", "layers", "off"] = operational("auto", "compile each decoder layer; auto: on a GPU")
+    cpu_threads: Annotated[int, Field(ge=0)] = operational(
+        0, "threads of a process on a CPU; 0: its share of the cores"
+    )
     loss_chunk_tokens: Annotated[int, Field(ge=64)] = operational(8192, "tokens whose logits exist at once")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="loss or gradients not finite: exit 4, or skip the step and count it"

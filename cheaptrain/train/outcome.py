@@ -1,0 +1,89 @@
+"""What came of the stages of a launch: one table, what the model writes now, where it lies, and what to do next."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from cheaptrain.say import say
+from cheaptrain.train.jsonl import read_records
+from cheaptrain.train.paths import RunDirectory
+from cheaptrain.train.survey import Survey
+from cheaptrain.units import duration, human
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one stage, read from what it left behind."""
+
+    name: str
+    state: str
+    tokens: int
+    seconds: float
+    validations: tuple[dict[str, Any], ...]
+    samples: tuple[dict[str, Any], ...]
+    run: RunDirectory
+
+
+def outcome_of(survey: Survey, state: str, seconds: float) -> Outcome:
+    """The outcome of a finished stage; `seconds` of this launch, 0 when it was done before."""
+    run = RunDirectory(Path(survey.loaded.recipe.run.dir))
+    return Outcome(
+        name=survey.loaded.name,
+        state=state,
+        tokens=survey.resolved.tokens,
+        seconds=seconds,
+        validations=tuple(record for record in read_records(run.metrics) if "val/loss" in record),
+        samples=tuple(read_records(run.samples)),
+        run=run,
+    )
+
+
+def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
+    """Print what was trained, what the first and the last model write to the same prompts, and the next command."""
+    table = Table(box=SIMPLE_HEAD, title="What was trained", title_justify="left", title_style="bold")
+    table.add_column("stage")
+    for column in ("tokens", "time", "validation loss", "bits per byte"):
+        table.add_column(column, justify="right")
+    for outcome in outcomes:
+        table.add_row(
+            outcome.name,
+            human(outcome.tokens),
+            duration(outcome.seconds) if outcome.state == "trained" else outcome.state,
+            _first_to_last(outcome, "val/loss"),
+            _first_to_last(outcome, "val/bpb"),
+        )
+    console.print(table)
+    _print_samples(outcomes, console)
+    for outcome in outcomes:
+        say(console, f"{outcome.name}: {outcome.run.final}")
+    last = outcomes[-1].run.final
+    say(console, "Any tool that knows transformers reads these folders as they are. Next, for example:")
+    say(console, f"  lm_eval --model hf --model_args pretrained={last} --tasks arc_easy")
+
+
+def _first_to_last(outcome: Outcome, key: str) -> str:
+    if not outcome.validations:
+        return "–"
+    return f"{outcome.validations[0][key]:.3f} → {outcome.validations[-1][key]:.3f}"
+
+
+def _print_samples(outcomes: Sequence[Outcome], console: Console) -> None:
+    before = {sample["prompt"]: sample["text"] for sample in reversed(outcomes[0].samples)}
+    after = {sample["prompt"]: sample["text"] for sample in outcomes[-1].samples}
+    for prompt in after:
+        say(console, f"“{prompt}”")
+        if prompt in before:
+            say(console, f"  before  {_one_line(before[prompt])}", "dim")
+        say(console, f"  after   {_one_line(after[prompt])}")
+    if after:
+        say(console, "")
+
+
+def _one_line(text: str, width: int = 90) -> str:
+    shown = text.replace("\n", "⏎")
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
