@@ -29,17 +29,13 @@ def prepare(
 ) -> None:
     """Turn the sources of recipes into token shards. Can be killed and run again at any time."""
     from cheaptrain.data.prepare import prepare_recipe
-    from cheaptrain.model.hub import fetch_model
+    from cheaptrain.model.hub import fetch_model, is_future_checkpoint
     from cheaptrain.recipe.load import load_recipe
 
     paths, overrides = _split(arguments)
     part = _parse_shard(shard)
-    recipes = [load_recipe(path, overrides).recipe for path in paths]
-    written_here = [Path(recipe.run.dir).absolute() for recipe in recipes]
-    for recipe in recipes:
-        start = recipe.model.init_from
-        # What an earlier recipe of this command will write cannot be fetched, and need not be.
-        if start is None or not any(Path(start).absolute().is_relative_to(folder) for folder in written_here):
+    for recipe in [load_recipe(path, overrides).recipe for path in paths]:
+        if not is_future_checkpoint(recipe.model):
             fetch_model(recipe.model)
         prepare_recipe(recipe, part, console=Console())
 

@@ -17,6 +17,11 @@ _CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHT_FILES = ["*.safetensors"]
 
 
+def is_future_checkpoint(spec: schema.Model) -> bool:
+    """Whether `init_from` is a path, not a hub id, that an earlier stage has yet to write."""
+    return spec.init_from is not None and spec.init_from.count("/") > 1 and not Path(spec.init_from).exists()
+
+
 def fetch_model(spec: schema.Model) -> Path | None:
     """Bring what `spec` names on the hub to this machine; None when it names no hub id. Raises PreflightError."""
     if spec.preset is not None or Path(locate(spec)).is_dir():
