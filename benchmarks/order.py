@@ -3,47 +3,43 @@
 The order is computed afresh for every step, so it must cost nothing beside a training step. Next to it stands what
 people write otherwise: `rng.choice` for the source and a shuffled index of every source in memory, which cannot seek
 and holds 8 bytes a row. Row building is measured on generated documents, in tokens a second. Times are CPU seconds of
-this process, the best of several runs; results go to benchmarks/results/order.json.
+this process, the best of several runs.
 """
 
-import json
 import math
-import platform
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from results import report
 
 from cheaptrain.data.order import MixtureOrder
 from cheaptrain.data.rows import build_rows
 from cheaptrain.data.stream import Shard, TokenStream
 
-RESULTS = Path(__file__).parent / "results" / "order.json"
 REPEATS = 7
 
 
 def main() -> None:
     order = [_order(sources, block) for sources in (1, 7, 14) for block in (256, 4096, 65536)]
-    _show("Order, rows/s on one core", order)
     shapes = ((128, 30), (1024, 700), (4096, 700))
     rows = [_rows(seq_len, mean, selected) for seq_len, mean in shapes for selected in (False, True)]
-    _show("Building rows, tokens/s on one core", rows)
-    results = {
-        "machine": f"{platform.machine()}, {_processor()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "date": date.today().isoformat(),
-        "order": order,
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    Console().print(f"written: {RESULTS}")
+    report(
+        "order",
+        title="Finding rows: rows/s on one core, beside the shuffled index in memory",
+        header=["sources", "rows a call", "cheaptrain", "in memory"],
+        rows=[[f"{row[key]:,}" for key in row if key != "microseconds_per_call"] for row in order],
+        data={"order": order},
+    )
+    report(
+        "rows",
+        title="Building rows: tokens/s on one core, files in the page cache",
+        header=["seq_len", "mean document", "selected documents", "tokens/s"],
+        rows=[[str(v) if isinstance(v, bool) else f"{v:,}" for v in row.values()] for row in rows],
+        data={"rows": rows},
+    )
 
 
 def _order(sources: int, block: int) -> dict[str, int | float]:
@@ -114,22 +110,6 @@ def _best(work: Callable[[], object]) -> float:
         work()
         taken.append(time.process_time() - start)
     return min(taken)
-
-
-def _show(title: str, rows: list[dict[str, int | float]]) -> None:
-    table = Table(title=title)
-    for key in rows[0]:
-        table.add_column(key, justify="right")
-    for row in rows:
-        table.add_row(*(str(value) if isinstance(value, bool) else f"{value:,}" for value in row.values()))
-    Console().print(table)
-
-
-def _processor() -> str:
-    """The name of the CPU, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor() or "unknown CPU"
 
 
 if __name__ == "__main__":

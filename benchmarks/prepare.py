@@ -5,8 +5,7 @@
 All three encode the same documents with the same tokenizer, on one core each, and are judged by tokens per CPU-second,
 so that a busy machine does not decide. `cheaptrain prepare` is charged with everything it does, in the command and its
 worker: starting up, reading parquet, hashing input and output, splitting, writing, fsync. Bare tokenizers get the
-texts in memory and keep nothing: the ceiling. Rounds alternate between the three, and the best of each counts. The
-table goes to the screen, the figures to `benchmarks/results/prepare.json`.
+texts in memory and keep nothing: the ceiling. Rounds alternate between the three, and the best of each counts.
 """
 
 import os
@@ -15,21 +14,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 import argparse
-import datetime
 import glob
 import io
-import json
-import platform
 import resource
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from results import report
 from rich.console import Console
+from tokenizers import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -68,7 +65,7 @@ def main() -> None:
             seconds["tokenizers, bare"].append(spent)
             seconds["cheaptrain prepare"].append(ours(make_recipe(spec, files, folder), tokens + len(texts)))
             seconds["datasets.map"].append(datasets_map(tokenizer, files, folder))
-    report(name, len(texts), sum(len(text.encode()) for text in texts), tokens, seconds)
+    write(name, len(texts), sum(len(text.encode()) for text in texts), tokens, seconds)
 
 
 def corpus(scratch: Path, max_bytes: int) -> tuple[list[str], str, list[str]]:
@@ -135,7 +132,8 @@ def ours(recipe: Recipe, expected_tokens: int) -> float:
 
 def bare(tokenizer: TextTokenizer, texts: list[str]) -> tuple[int, float]:
     """(tokens, CPU-seconds) of the tokenizers library alone."""
-    backend = tokenizer.hf.backend_tokenizer
+    # A fresh one each time: the library remembers words, and a second round would not be the work of the first.
+    backend = Tokenizer.from_str(tokenizer.hf.backend_tokenizer.to_str())
     backend.encode_special_tokens = True
     tokens = 0
     started = time.process_time()
@@ -143,7 +141,6 @@ def bare(tokenizer: TextTokenizer, texts: list[str]) -> tuple[int, float]:
         encodings = backend.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)
         tokens += sum(map(len, encodings))
     spent = time.process_time() - started
-    backend.encode_special_tokens = False
     return tokens, spent
 
 
@@ -163,47 +160,19 @@ def datasets_map(tokenizer: TextTokenizer, files: list[str], folder: Path) -> fl
     return cpu_seconds() - started
 
 
-def report(name: str, documents: int, text_bytes: int, tokens: int, seconds: dict[str, list[float]]) -> None:
+def write(name: str, documents: int, text_bytes: int, tokens: int, seconds: dict[str, list[float]]) -> None:
     """Print the table and write the figures."""
-    rounds = len(seconds["tokenizers, bare"])
     ceiling = tokens / min(seconds["tokenizers, bare"])
-    rows = [
-        {
-            "method": method,
-            "tokens_per_cpu_second": round(tokens / min(spent)),
-            "share_of_bare": round(tokens / min(spent) / ceiling, 4),
-            "cpu_seconds": [round(second, 3) for second in spent],
-        }
-        for method, spent in seconds.items()
-    ]
-    versions = {package: version(package) for package in ("tokenizers", "transformers", "datasets", "pyarrow", "numpy")}
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{processor()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "versions": versions,
-        "text": {"what": name, "documents": documents, "bytes": text_bytes, "tokens": tokens},
-        "rows": rows,
-    }
-    print(f"{result['date']}, {result['machine']}, Python {result['python']}, ", end="")
-    print(", ".join(f"{package} {number}" for package, number in versions.items()))
-    print(f"{name}: {documents:,} documents, {text_bytes:,} bytes, {tokens:,} tokens; best of {rounds}\n")
-    print("| method | tokens per CPU-second | share of bare tokenizers |\n|---|---:|---:|")
-    for row in rows:
-        print(f"| {row['method']} | {row['tokens_per_cpu_second']:,} | {row['share_of_bare']:.1%} |")
-    path = HERE / "results" / "prepare.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten to {path}")
-
-
-def processor() -> str:
-    """The processor's name, as the kernel gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    speeds = {method: tokens / min(spent) for method, spent in seconds.items()}
+    rounds = len(seconds["tokenizers, bare"])
+    what = f"{name}, {documents:,} documents, {text_bytes / 1e6:,.0f} MB, {tokens:,} tokens; best of {rounds}"
+    report(
+        "prepare",
+        title=f"Text to shards: {what}",
+        header=["method", "tokens per CPU-second", "share of bare tokenizers"],
+        rows=[[method, f"{speed:,.0f}", f"{speed / ceiling:.1%}"] for method, speed in speeds.items()],
+        data={"tokens": tokens, "bytes": text_bytes, "documents": documents, "cpu_seconds": seconds},
+    )
 
 
 if __name__ == "__main__":
