@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cheaptrain.console import lasting_console
 from cheaptrain.errors import RecipeError
 from cheaptrain.exits import guarded
 
@@ -37,7 +38,7 @@ def prepare(
     for recipe in [load_recipe(path, overrides).recipe for path in paths]:
         if not is_future_checkpoint(recipe.model):
             fetch_model(recipe.model)
-        prepare_recipe(recipe, part, console=Console())
+        prepare_recipe(recipe, part, console=_console())
 
 
 @app.command()
@@ -47,7 +48,7 @@ def plan(arguments: RecipePaths) -> None:
     from cheaptrain.report.plan import print_plans
 
     paths, overrides = _split(arguments)
-    print_plans([load_recipe(path, overrides) for path in paths], Console())
+    print_plans([load_recipe(path, overrides) for path in paths], _console())
 
 
 @app.command()
@@ -62,7 +63,7 @@ def inspect(
 
     paths, overrides = _split(arguments)
     for path in paths:
-        print_rows(load_recipe(path, overrides), Console(), first_row=start, count=rows)
+        print_rows(load_recipe(path, overrides), _console(), first_row=start, count=rows)
 
 
 @app.command()
@@ -82,17 +83,24 @@ def main() -> None:
     guarded(lambda: app())
 
 
+def _console() -> Console:
+    # With emoji `recipe.toml:100: ...` is printed with a picture in place of the line.
+    return lasting_console(emoji=False)
+
+
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    paths = [argument for argument in arguments if "=" not in argument]
+    from cheaptrain.recipe.overrides import split_arguments
+
+    paths, overrides = split_arguments(arguments)
     if not paths:
         raise RecipeError("name at least one recipe, e.g. recipes/quickstart/phase1.toml")
-    return paths, [argument for argument in arguments if "=" in argument]
+    return paths, overrides
 
 
 def _parse_shard(shard: str | None) -> tuple[int, int] | None:
     if shard is None:
         return None
     k, _, n = shard.partition("/")
-    if not (k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)):
+    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
         raise RecipeError(f"--shard {shard}: write k/n with 1 <= k <= n, e.g. 2/8")
     return int(k), int(n)

@@ -3,8 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from rich.console import Console
-
+from cheaptrain.console import flush_streams, lasting_console
 from cheaptrain.errors import EXIT_FAILURE, CheaptrainError
 
 
@@ -12,7 +11,7 @@ def guarded(main: Callable[[], None]) -> None:
     """Run `main`; a CheaptrainError becomes its message on stderr and its exit code, a full disk or a refused
     permission becomes exit 1 with the file named. Anything else is a bug and keeps its traceback.
     """
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    errors = lasting_console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     try:
         main()
     except CheaptrainError as error:
@@ -29,6 +28,8 @@ def guarded(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         errors.print("interrupted; what was finished is kept")
         sys.exit(130)
+    finally:
+        flush_streams()
 
 
 def _title(error: CheaptrainError) -> str:

@@ -288,3 +288,67 @@ def test_interrupt_stops_cleanly_and_goes_on_after(tmp_path: Path) -> None:
     assert process.returncode == 75 and b"same command again" in output and b"Traceback" not in output
     manifest, _ = prepare(tmp_path, source, unit_bytes=UNIT)
     assert manifest.train.documents + manifest.val.documents == 2000
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "{}", "", "edit"])
+@pytest.mark.parametrize("name", ["unit-00000.json", "manifest.json"])
+def test_a_record_or_manifest_that_was_edited_is_believed(tmp_path: Path, name: str, content: str) -> None:
+    asked = recipe(tmp_path, {"files": str(write_jsonl(tmp_path / "a.jsonl", range(30)))})
+    (manifest,) = prepare_recipe(asked, console=quiet())
+    expected = all_bytes(manifest.directory)
+    tokens = f'"tokens": {manifest.train.tokens}'
+    assert tokens.encode() in expected[name]
+    edited = expected[name].decode().replace(tokens, f'"tokens": {manifest.train.tokens + 1}')
+    (manifest.directory / name).write_text(edited if content == "edit" else content)
+    tokenizer = load_tokenizer(asked.tokenizer, asked.data)
+    if name == "manifest.json":
+        with pytest.raises(PreflightError, match="damaged manifest"):
+            load_manifest(asked.data, asked.data.sources[0], tokenizer)
+    prepare_recipe(asked, console=quiet())
+    assert all_bytes(manifest.directory) == expected
+
+
+def test_a_file_changed_and_set_back_in_time_passes_for_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", range(30))
+    monkeypatch.setattr("cheaptrain.data.files._RACY_SECONDS", -1.0)  # believe the cache of hashes at once
+    os.utime(path, ns=(10**18, 10**18))
+    asked = recipe(tmp_path, {"files": str(path)})
+    (manifest,) = prepare_recipe(asked, console=quiet())
+    path.write_bytes(path.read_bytes().replace(b"quick", b"quack"))
+    os.utime(path, ns=(10**18, 10**18))
+    with pytest.raises(PreflightError, match="changed after it was prepared"):
+        verify_manifest(manifest)
+    (again,) = prepare_recipe(asked, console=quiet())
+    assert again.fingerprint != manifest.fingerprint
+
+
+def test_a_damaged_cache_of_hashes_ends_in_a_traceback(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", range(30))
+    (tmp_path / "data").mkdir()
+    for entry in (5, [], [1], None, {"a": 1}):
+        (tmp_path / "data" / "input-hashes.json").write_text(json.dumps({str(path): entry}))
+        prepare(tmp_path, {"files": str(path)})
+
+
+def test_what_a_killed_shard_left_half_written_stays_for_ever(tmp_path: Path) -> None:
+    source = {"files": str(write_jsonl(tmp_path / "a.jsonl", range(30)))}
+    manifest, _ = prepare(tmp_path, source)
+    expected = all_bytes(manifest.directory)
+    for name in (".tmp-1of2-999-train-00000.bin", ".tmp-1of1-999-manifest.json"):
+        (manifest.directory / name).write_bytes(b"half")
+    console = quiet()
+    prepare_recipe(recipe(tmp_path, source), (2, 2), console)
+    assert (manifest.directory / ".tmp-1of2-999-train-00000.bin").exists()  # that shard may be at work
+    prepare(tmp_path, source)
+    assert all_bytes(manifest.directory) == expected
+
+
+def test_prepared_data_in_a_folder_of_somebody_else_is_rewritten(tmp_path: Path) -> None:
+    source = {"files": str(write_jsonl(tmp_path / "a.jsonl", range(30)))}
+    manifest, _ = prepare(tmp_path, source)
+    before = (manifest.directory / "manifest.json").stat()
+    prepare(tmp_path, source)
+    after = (manifest.directory / "manifest.json").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)

@@ -325,7 +325,7 @@ def test_real_parquet_of_every_kind_is_prepared(tmp_path: Path) -> None:
 def test_brackets_in_names_are_printed_as_they_are(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "part[1].jsonl", range(3))
     console = quiet()
-    with pytest.raises(PreflightError):  # to glob, [1] is a set of characters
-        prepare_recipe(recipe(tmp_path, {"files": str(path)}), console=console)
-    prepare_recipe(recipe(tmp_path, {"files": f"{tmp_path}/part*.jsonl"}, validation=0.0), console=console)
-    assert "source0: text column: text" in said(console)
+    (tmp_path / "[b]").mkdir()
+    asked = recipe(tmp_path, {"files": str(path)}, validation=0.0, dir=str(tmp_path / "[b]"))  # no glob: that name
+    assert prepare_recipe(asked, console=console)[0].train.documents == 3
+    assert "source0: text column: text" in said(console) and "/[b]/source0-" in said(console)

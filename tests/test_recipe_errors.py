@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from recipe_texts import MINIMAL, line_of, load_text
 
-from cheaptrain.errors import EXIT_RECIPE
+from cheaptrain.errors import EXIT_RECIPE, RecipeError
 from cheaptrain.recipe.errors import RecipeProblems
 from cheaptrain.recipe.foreign import FOREIGN
 from cheaptrain.recipe.keys import keys
@@ -323,6 +323,52 @@ def test_what_is_not_text_is_named() -> None:
     Path("folder").mkdir()
     with pytest.raises(RecipeProblems, match="cannot read folder"):
         load_recipe("folder")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"seed = {'1' * 5000}\n", f"seed = {'[' * 999}{']' * 999}\n", f"{'.'.join('a' * 2000)} = 1\n"],
+)
+def test_what_the_toml_reader_gives_up_on_is_no_traceback(text: str) -> None:
+    assert one(text + MINIMAL).startswith("recipe.toml:1: cannot be read as TOML: ")
+    value = text.partition("= ")[2].strip()
+    if not text.startswith("a"):
+        assert one(MINIMAL, f"seed={value}").startswith("command line: seed: expected a whole number")
+
+
+def test_a_dotted_key_in_quotes_is_told_to_lose_them() -> None:
+    told = one(f'"train.lr" = 3e-4\n{MINIMAL}')
+    assert told == (
+        "recipe.toml:1: train.lr: unknown key: in quotes it is one name with a dot in it; write train.lr without quotes"
+    )
+
+
+@pytest.mark.parametrize("key", ["files", "data_files", "packages", "tokens"])
+def test_an_empty_list_stands_for_everything_or_nothing(key: str) -> None:
+    new = f'hub = "a/b"\n{key} = []' if key == "data_files" else f"{key} = []"
+    assert f"{key} is an empty list" in one(changed('files = "web.jsonl"', new))
+
+
+def test_a_name_too_long_for_a_folder_fails_in_preparing() -> None:
+    assert "must have at most 100 characters, not 101" in one(changed('"web"', f'"{"w" * 101}"'))
+
+
+def test_a_very_long_key_fills_the_screen() -> None:
+    assert len(one(f"{'x' * 100_000} = 1\n{MINIMAL}")) < 600
+
+
+@pytest.mark.parametrize("override", ["run.dir=", "data.dir=${env:HOLLOW}/data", "run.dir=a\0b", "run.dir=\udcff"])
+def test_a_path_that_is_empty_or_no_text_is_used(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOLLOW", "")
+    assert one(MINIMAL, override).startswith("command line: ")
+    one(MINIMAL, override).encode()
+
+
+def test_a_name_that_no_file_can_have_ends_in_a_traceback() -> None:
+    assert "extends: expected text" in one(f'extends = "a\\u0000b"\n{MINIMAL}')
+    for path in ("a\0b.toml", "\udcff.toml"):
+        with pytest.raises(RecipeError, match="not UTF-8 text"):
+            load_recipe(path)
 
 
 def test_many_problems_are_one_readable_text() -> None:

@@ -71,3 +71,16 @@ def test_sources_are_compared_by_name_and_order_counts(tmp_path: Path) -> None:
     turned = json.loads(json.dumps(old))
     turned["data"]["sources"].reverse()
     assert identity_difference(old, turned) == ["data.sources, in order: web, wiki -> wiki, web"]
+
+
+def test_a_run_from_before_an_optional_key_existed_is_another_run(tmp_path: Path) -> None:
+    now = identity(recipe(tmp_path))
+    older = json.loads(json.dumps(now))
+    source = older["data"]["sources"][0]
+    for table, key in ((older["train"], "muon_lr"), (source, "column"), (older["model"], "config")):
+        assert table.pop(key) is None
+    assert identity_difference(older, now) == identity_difference(now, older) == []
+    older["train"]["lr"] = 1.0
+    assert identity_difference(older, now) == ["train.lr: 1.0 -> 0.0003"]
+    assert identity_difference({}, {"data": {"sources": None}}) == []
+    assert "data.seq_len: not set -> 64" in identity_difference({}, now)

@@ -127,6 +127,18 @@ def test_a_replaced_file_is_read_through_its_old_map(tmp_path: Path) -> None:
     assert TokenStream([shard]).read(0, 3).tolist() == [4, 5, 6]
 
 
+@pytest.mark.parametrize("how", ["replaced", "gone", "emptied"])
+def test_a_file_replaced_before_its_first_row_is_read_with_the_old_index(tmp_path: Path, how: str) -> None:
+    stream = stream_of(tmp_path, [[1, 2, 3]])
+    path = tmp_path / "s-0.bin"
+    path.unlink()
+    if how != "gone":
+        write_shard(path, [[4, 5, 6]] if how == "replaced" else [])
+        os.utime(path, ns=(1, 1))
+    with pytest.raises(PreflightError, match=r"s-0\.bin: changed or gone since it was opened"):
+        stream.read(0, 3)
+
+
 def test_two_threads_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_module, "_mapped", lru_cache(maxsize=2)(stream_module._mapped.__wrapped__))
     stream = stream_of(tmp_path, numbered([3] * 60), shards=12)

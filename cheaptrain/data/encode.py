@@ -31,6 +31,11 @@ class EncoderSpec:
     size: int
 
     @property
+    def added(self) -> int:
+        """Tokens that every document gets besides those of its text."""
+        return 1 if self.bos_id is None else 2
+
+    @property
     def dtype(self) -> "np.dtype[np.unsignedinteger]":
         """uint16 where every id fits, else uint32; little-endian on disk."""
         return np.dtype("<u2" if self.size <= 2**16 else "<u4")
@@ -60,6 +65,8 @@ class Encoder:
 
         Raises PreflightError if the tokenizer turns text into a special token all the same.
         """
+        if not texts:
+            return np.empty(0, self.spec.dtype), np.empty(0, np.int64)
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         ends = np.cumsum(lengths)

@@ -1,15 +1,17 @@
 """Files that are all there or not there: temporary name, fsync, rename; and hashes of what went in and came out.
 
-A file under its final name is complete, whatever was killed when. The trap: a cache of hashes keyed by modification
-time believes a file that changes twice within one tick of the clock, so files touched in the last seconds are hashed
-again.
+A file under its final name is complete, whatever was killed when; a JSON file also carries a hash of its own content,
+as it is what all other hashes are believed by. The trap: a cache of hashes keyed by modification time believes a file
+that changes twice within one tick of the clock, so files touched in the last seconds are hashed again, and a file whose
+time somebody set back (`cp -p`, `touch -r`), so the time of the last change of the inode, which nobody can set, counts
+as well.
 """
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,27 @@ from cheaptrain.errors import PreflightError
 
 TEMPORARY_PREFIX = ".tmp-"
 _RACY_SECONDS = 3.0
+_SEAL = "sha256"
 
 
 def canonical_json(content: Any) -> bytes:
     """The one spelling of `content`, for hashing and for files that must be byte-identical."""
     return (json.dumps(content, sort_keys=True, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def sealed_json(content: Mapping[str, Any]) -> bytes:
+    """`content` as JSON with a SHA-256 of itself, which `read_sealed` checks."""
+    return canonical_json({**content, _SEAL: digest(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `sealed_json` was given. Raises OSError, and ValueError when a byte of it is not as it was written."""
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict) or _SEAL not in content:
+        raise ValueError("it has no sha256 of itself: an older version or another program wrote it")
+    if content.pop(_SEAL) != digest(content):
+        raise ValueError("its content does not match its own sha256")
+    return content
 
 
 def digest(content: Any) -> str:
@@ -74,14 +92,15 @@ def sync_directory(directory: Path) -> None:
 
 
 class InputHashes:
-    """SHA-256 of input files, remembered by (path, size, modification time) in `<data.dir>/input-hashes.json`."""
+    """SHA-256 of input files, remembered by (path, size, times of change) in `<data.dir>/input-hashes.json`."""
 
     def __init__(self, data_dir: Path) -> None:
         self._file = data_dir / "input-hashes.json"
         self._known: dict[str, list[Any]] = {}
         try:
             known = json.loads(self._file.read_bytes())
-            self._known = known if isinstance(known, dict) else {}
+            if isinstance(known, dict):
+                self._known = {path: entry for path, entry in known.items() if isinstance(entry, list)}
         except (OSError, ValueError):
             pass  # only an accelerator: without it everything is hashed again
         self._changed = False
@@ -93,12 +112,12 @@ class InputHashes:
             key = str(path.resolve())
         except OSError as error:
             raise PreflightError(cannot_read(path, error)) from error
-        known = self._known.get(key)
-        if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return str(known[2])
+        known, now = self._known.get(key, []), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        if known[:-1] == now:
+            return str(known[-1])
         value = file_sha256(path)
-        if time.time() - stat.st_mtime > _RACY_SECONDS:
-            self._known[key] = [stat.st_size, stat.st_mtime_ns, value]
+        if time.time() - max(stat.st_mtime, stat.st_ctime) > _RACY_SECONDS:
+            self._known[key] = [*now, value]
             self._changed = True
         return value
 

@@ -12,6 +12,7 @@ and what is odd is printed.
 """
 
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from cheaptrain.recipe import schema
 
 _HEADER_BYTES = 256 * 4
 _HEADERS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version) of llm.c → token type
+_SAMPLE_TOKENS = 1 << 16
+_LEAST_SAMPLE_TOKENS = 64
+_LARGEST_UPPER_HALF = 3  # of a 4-byte id: vocabularies end at 2**18
 _SIDECARS = (".ds.index", ".ds.metadata", ".idx")
 
 
@@ -82,7 +86,23 @@ def recognise(path: str, token_bytes: int | None = None) -> TokenFile:
             "cut short, or token_bytes is wrong" if file.format == "nanoGPT" else "cut short: fetch or write it again"
         )
         raise PreflightError(f"{path}: {size:,} bytes are not a whole number of {itemsize}-byte tokens; {remedy}")
+    if file.format in ("nanoGPT", "datatrove") and file.index is None and token_bytes != 2:
+        _refuse_halves(file)
     return file
+
+
+def _refuse_halves(file: TokenFile) -> None:
+    """Wider tokens read as narrow ones are ids and zeros in turn, each of them inside the vocabulary."""
+    sample = np.fromfile(file.path, file.dtype, _SAMPLE_TOKENS, offset=file.offset_bytes)
+    upper = sample[1::2]
+    if len(sample) < _LEAST_SAMPLE_TOKENS or upper.max() > _LARGEST_UPPER_HALF or sample.max() <= _LARGEST_UPPER_HALF:
+        return
+    size = np.dtype(file.dtype).itemsize
+    remedy = "set token_bytes = 4, or 2 if it is right as it is" if size == 2 else "write it as uint16 or uint32"
+    raise PreflightError(
+        f"{file.path}: read as tokens of {size} bytes, every second one is 0 or next to it, so they are probably of "
+        f"{2 * size} bytes; {remedy}"
+    )
 
 
 def document_ends(file: TokenFile, eot_id: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
@@ -130,8 +150,8 @@ def _main_file(path: str) -> str:
 def _recognised(path: str, token_bytes: int | None) -> TokenFile:
     size = os.path.getsize(path)
     if path.endswith(".ds"):
-        index = path + ".index"
-        return TokenFile(path, "datatrove", _datatrove_dtype(path, size), 0, index if os.path.isfile(index) else None)
+        index = path + ".index" if os.path.isfile(path + ".index") else None
+        return TokenFile(path, "datatrove", _datatrove_dtype(path, size, token_bytes), 0, index)
     if path.endswith(".npy"):
         return _numpy_file(path)
     if not path.endswith(".bin"):
@@ -151,11 +171,11 @@ def _recognised(path: str, token_bytes: int | None) -> TokenFile:
     return TokenFile(path, "nanoGPT", "<u4" if token_bytes == 4 else "<u2")
 
 
-def _datatrove_dtype(path: str, size: int) -> str:
-    """From `name|bytes` in the metadata, else from the size and the index, else uint16."""
-    itemsize = 2
+def _datatrove_dtype(path: str, size: int, token_bytes: int | None) -> str:
+    """From `name|bytes` in the metadata, else from the size and the index, else `token_bytes`, else uint16."""
+    itemsize = token_bytes or 2
     if os.path.isfile(path + ".metadata"):
-        first = Path(path + ".metadata").read_text().partition("\n")[0].rpartition("|")[2]
+        first = Path(path + ".metadata").read_text(errors="replace").partition("\n")[0].rpartition("|")[2]
         if first in ("2", "4"):
             return f"<u{first}"
     if os.path.isfile(path + ".index") and os.path.getsize(path + ".index") >= 8:
@@ -167,8 +187,10 @@ def _datatrove_dtype(path: str, size: int) -> str:
 def _numpy_file(path: str) -> TokenFile:
     try:
         array = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise PreflightError(f"{path}: not a whole .npy file ({error}); fetch or write it again") from error
+    if not isinstance(array, np.ndarray):
+        raise PreflightError(f"{path}: an .npz archive, not an .npy file; save its array alone with numpy.save")
     if not isinstance(array, np.memmap) or array.ndim != 1 or array.dtype.kind not in "ui":
         raise PreflightError(f"{path}: not one row of integer tokens but {array.dtype} of shape {array.shape}")
     return TokenFile(path, "npy", array.dtype.str, array.offset)

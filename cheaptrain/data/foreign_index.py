@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cheaptrain.data.encode import EncoderSpec
-from cheaptrain.data.files import canonical_json, write_atomically
+from cheaptrain.data.files import sealed_json, write_atomically
 from cheaptrain.data.foreign import TokenFile, document_ends, map_tokens
 from cheaptrain.data.sources import Unit, check_unchanged
 from cheaptrain.data.units import FORMAT, SPLITS, Job, held_out_by_digest, record_path
@@ -72,7 +72,7 @@ def index_unit(
         path = job.directory / f"{name}-{unit.index:05d}.npy"
         write_atomically(path, content, job.owner)
         record["files"][path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_atomically(record_path(job.directory, unit.index), canonical_json(record), job.owner)
+    write_atomically(record_path(job.directory, unit.index), sealed_json(record), job.owner)
     return record
 
 

@@ -7,7 +7,6 @@ is found must still be checked against what the recipe asks now, and its files a
 nothing.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cheaptrain.data.files import InputHashes, cannot_read, canonical_json, digest, file_sha256, write_atomically
+from cheaptrain.data.files import (
+    InputHashes,
+    cannot_read,
+    digest,
+    file_sha256,
+    read_sealed,
+    sealed_json,
+    write_atomically,
+)
 from cheaptrain.data.sources import source_spec
 from cheaptrain.data.tokenizer import TextTokenizer
 from cheaptrain.data.units import FORMAT, SPLITS
@@ -101,9 +108,11 @@ def manifest_path(directory: Path) -> Path:
     return directory / "manifest.json"
 
 
-def save_manifest(manifest: Manifest) -> None:
-    """Write it, atomically: from now on the source counts as prepared."""
-    write_atomically(manifest_path(manifest.directory), canonical_json(manifest.content()))
+def save_manifest(manifest: Manifest, owner: str) -> None:
+    """Write it, atomically, unless it is there: from now on the source counts as prepared."""
+    path, content = manifest_path(manifest.directory), sealed_json(manifest.content())
+    if not (path.is_file() and os.access(path, os.R_OK) and path.read_bytes() == content):
+        write_atomically(path, content, owner)
 
 
 def load_manifest(data: schema.Data, source: schema.Source, tokenizer: TextTokenizer) -> Manifest:
@@ -127,14 +136,14 @@ def read_manifest(directory: Path, name: str) -> Manifest:
     """Read a manifest file. Raises PreflightError when it is damaged."""
     path = manifest_path(directory)
     try:
-        content = json.loads(path.read_bytes())
+        content = read_sealed(path)
         content |= {split: Totals(**content[split]) for split in SPLITS}
         content |= {"inputs": tuple(content["inputs"]), "units": tuple(content["units"])}
         return Manifest(directory=directory, name=name, **content)
     except OSError as error:
         raise PreflightError(cannot_read(path, error)) from error
     except (ValueError, TypeError, KeyError) as error:
-        raise PreflightError(f"{path}: damaged manifest ({error}); delete it and {REMEDY}") from error
+        raise PreflightError(f"{path}: damaged manifest ({error}); {REMEDY}") from error
 
 
 def verify_manifest(manifest: Manifest) -> None:

@@ -7,6 +7,7 @@ whichever run finds all units done writes the manifest. The result is the same b
 interrupted and restarted.
 """
 
+import errno
 import os
 import shutil
 import time
@@ -75,13 +76,16 @@ def prepare_recipe(
         raise StoppedError("stopped; finished units are kept: run the same command again to go on") from None
     except PermissionError as error:
         raise PreflightError(f"{error.filename}: no permission to write; change its owner, or set data.dir") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise PreflightError(f"{error.filename}: a file stands where a folder must; set data.dir to another") from error
     except OSError as error:
-        raise CheaptrainError(f"{error.filename or data_dir}: {error.strerror or error}") from error
+        remedy = "; make room, or set data.dir to another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise CheaptrainError(f"{error.filename or data_dir}: {error.strerror or error}{remedy}") from error
     print_table(console, works, manifests, time.monotonic() - started)
     for name, units in missing.items():
         if units:
             listed = ", ".join(map(str, units[:8])) + (", ..." if len(units) > 8 else "")
-            say(console, f"source {name}: unit {listed} not done yet by the other shards of {n}")
+            say(console, f"source {name}: unit {listed} not done yet by the other shards of {n}: run those again")
     return list(manifests.values())
 
 

@@ -8,6 +8,7 @@ maps live in one cache of bounded size that all streams share. A shard may also 
 no others.
 """
 
+import os
 import resource
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -152,7 +153,7 @@ def _check(shard: Shard) -> tuple[int, int]:
             raise PreflightError(
                 f"{shard.bin}: a selected document is empty or lies outside the file's {indexed:,} tokens"
             )
-    return stat.st_ino, stat.st_mtime_ns
+    return _stamp(stat)
 
 
 # Half the descriptors the system allows (usually 1,024), the rest left to everything else in the process.
@@ -161,6 +162,21 @@ _MAPS = max(64, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 
 @lru_cache(maxsize=_MAPS)
 def _mapped(path: str, dtype: "np.dtype[np.generic]", offset_bytes: int, stamp: tuple[int, int]) -> NDArray[np.generic]:
-    """The file's tokens, mapped read-only. `stamp` keeps a replaced file from being read through an old map."""
-    # A plain array over the map: slicing np.memmap itself costs several times more.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset_bytes))
+    """The file's tokens, mapped read-only. `stamp` keeps a replaced file from being read through an old map.
+
+    Raises PreflightError when the file is not the one that was checked: mapping is late, on the first row from it, and
+    data prepared again meanwhile has other documents in the same place.
+    """
+    try:
+        # A plain array over the map: slicing np.memmap itself costs several times more.
+        tokens = np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset_bytes))
+        same = _stamp(os.stat(path)) == stamp
+    except (OSError, ValueError):  # gone, or empty
+        same = False
+    if not same:
+        raise PreflightError(f"{path}: changed or gone since it was opened; start again with the same command")
+    return tokens
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_ino, stat.st_mtime_ns

@@ -141,7 +141,11 @@ def _fingerprint(hf: PreTrainedTokenizerBase, eot_id: int, bos_id: int | None) -
     model = backend["model"]
     if "merges" in model:  # older versions write "a b", newer ones ["a", "b"]
         model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    added = sorted((token["id"], token["content"], token["special"]) for token in backend["added_tokens"])
+    # What is special by tokenizer_config.json alone is not found in text either (`plain_text_backend`).
+    special = _special_ids(hf, eot_id) - {hf.unk_token_id} | {eot_id}
+    added = sorted(
+        (token["id"], token["content"], token["special"] or token["id"] in special) for token in backend["added_tokens"]
+    )
     parts = [backend["normalizer"], backend["pre_tokenizer"], backend["decoder"], model, added, eot_id, bos_id]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

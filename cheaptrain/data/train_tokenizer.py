@@ -17,9 +17,17 @@ from typing import Any
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from cheaptrain.data.files import InputHashes, canonical_json, digest, sync_directory, temporary_path, write_atomically
+from cheaptrain.data.files import (
+    InputHashes,
+    canonical_json,
+    digest,
+    file_sha256,
+    sync_directory,
+    temporary_path,
+    write_atomically,
+)
 from cheaptrain.data.sources import Bad, Plan, Unit, plan_source, read_documents, source_spec
-from cheaptrain.errors import PreflightError
+from cheaptrain.errors import CheaptrainError, PreflightError
 from cheaptrain.recipe import schema
 from cheaptrain.say import say
 
@@ -27,6 +35,7 @@ END_OF_TEXT = "<|endoftext|>"
 RESERVED = 13
 SPECIAL_TOKENS = [END_OF_TEXT, "<|im_start|>", "<|im_end|>", *(f"<|reserved_{number}|>" for number in range(RESERVED))]
 _FORMAT = 1
+_DECIDING = ("tokenizer.json", "tokenizer_config.json")
 _UNITS_READ = 32  # a source is sampled at the beginnings of so many of its units, evenly spaced
 
 
@@ -52,6 +61,7 @@ def train_tokenizer(train: schema.TokenizerTrain, data: schema.Data, hashes: Inp
     key = digest({"spec": _spec(train, data), "inputs": inputs})[:12]
     folder = Path(data.dir) / "tokenizers" / key
     if (folder / "tokenizer.json").is_file():
+        _refuse_edited(folder)
         say(console, f"tokenizer: {folder}, trained before on the same text")
     else:
         say(console, f"tokenizer: training {train.vocab_size:,} tokens on {', '.join(train.sources)}")
@@ -139,6 +149,21 @@ def _trained(vocab_size: int, texts: Iterator[str]) -> Tokenizer:
     return tokenizer
 
 
+def _refuse_edited(folder: Path) -> None:
+    """A tokenizer found where it was written must still be the one that was trained."""
+    try:
+        hashes = json.loads((folder / "training.json").read_bytes()).get("files", {})
+    except (OSError, ValueError, AttributeError):
+        hashes = dict.fromkeys(_DECIDING, "not known any more")
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file() or file_sha256(path) != expected:
+            raise PreflightError(
+                f"{path}: not as it was trained. To have that back, delete {folder} and run the same command again; to "
+                "use an edited tokenizer, copy the folder and name the copy as tokenizer.path"
+            )
+
+
 def _save(tokenizer: Tokenizer, folder: Path, origin: dict[str, Any]) -> None:
     """Write the transformers folder under a temporary name and rename it."""
     from transformers import PreTrainedTokenizerFast
@@ -147,8 +172,16 @@ def _save(tokenizer: Tokenizer, folder: Path, origin: dict[str, Any]) -> None:
     temporary = temporary_path(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     hf = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
-    hf.save_pretrained(temporary)
-    (temporary / "training.json").write_bytes(canonical_json(origin))
+    try:
+        hf.save_pretrained(temporary)
+    except Exception as error:  # tokenizers raises no OSError when the disk is full, but Exception itself
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheaptrainError(
+            f"{folder.parent}: the trained tokenizer cannot be written ({error}); make room, or set data.dir to "
+            "another disk, and run the same command again"
+        ) from error
+    hashes = {name: file_sha256(temporary / name) for name in _DECIDING}
+    (temporary / "training.json").write_bytes(canonical_json(origin | {"files": hashes}))
     for path in temporary.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())

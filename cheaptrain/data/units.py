@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cheaptrain.data.encode import Encoder
-from cheaptrain.data.files import canonical_json, write_atomically
+from cheaptrain.data.files import sealed_json, write_atomically
 from cheaptrain.data.shards import ShardWriter
 from cheaptrain.data.sources import Bad, Unit, read_documents
 from cheaptrain.errors import PreflightError
@@ -57,17 +57,23 @@ def write_unit(job: Job, unit: Unit, limit: int | None, encoder: Encoder, progre
     writers = [ShardWriter(job.directory, f"{split}-{unit.index:05d}", dtype, job.owner) for split in SPLITS]
     text_bytes, reached, counts = [0, 0], False, {"dropped": 0, "skipped": 0}
     try:
-        for texts in _batches(read_documents(job.source, unit), job.source, counts):
+        for texts, passed_over in _batches(read_documents(job.source, unit), job.source):
             encoded = [text.encode() for text in texts]
             sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
             held_out = is_held_out(encoded, job.validation)
             ids, lengths = encoder.encode(texts)
-            if limit is not None:
-                total = writers[0].tokens + np.cumsum(np.where(held_out, 0, lengths))
-                kept = int(np.searchsorted(total, limit)) + 1
-                if reached := kept <= len(texts):
-                    sizes, held_out, lengths = sizes[:kept], held_out[:kept], lengths[:kept]
-                    ids = ids[: int(lengths.sum())]
+            filled = lengths > encoder.spec.added
+            if not filled.all():  # a tokenizer may make nothing of spaces
+                ids = ids[np.repeat(filled, lengths)]
+                lengths = np.where(filled, lengths, 0)
+            left = None if limit is None else limit - writers[0].tokens
+            kept, reached = _documents_until(left, np.where(held_out, 0, lengths))
+            for before, kind in passed_over:
+                counts[kind] += before < kept or not reached
+            counts["dropped"] += int(np.count_nonzero(~filled[:kept]))
+            taken = np.flatnonzero(filled[:kept])
+            sizes, held_out, lengths = sizes[taken], held_out[taken], lengths[taken]
+            ids = ids[: int(lengths.sum())]
             of_split = np.repeat(held_out, lengths)
             for side, (writer, chosen) in enumerate(zip(writers, (~held_out, held_out), strict=True)):
                 if chosen.any():
@@ -92,8 +98,16 @@ def write_unit(job: Job, unit: Unit, limit: int | None, encoder: Encoder, progre
     }
     for split, writer, size in zip(SPLITS, writers, text_bytes, strict=True):
         record[split] = {"tokens": writer.tokens, "documents": writer.documents, "bytes": size}
-    write_atomically(record_path(job.directory, unit.index), canonical_json(record), job.owner)
+    write_atomically(record_path(job.directory, unit.index), sealed_json(record), job.owner)
     return record
+
+
+def _documents_until(left: int | None, train_tokens: NDArray[np.int64]) -> tuple[int, bool]:
+    """How many documents to take until `train_tokens` [documents] add up to `left`, and whether they do."""
+    if left is None:
+        return len(train_tokens), False
+    last = int(np.searchsorted(np.cumsum(train_tokens), left))
+    return min(last + 1, len(train_tokens)), last < len(train_tokens)
 
 
 def is_held_out(documents: Sequence[bytes], validation: float) -> NDArray[np.bool_]:
@@ -107,23 +121,27 @@ def held_out_by_digest(digests: Iterable[bytes], validation: float) -> NDArray[n
     return np.ones(len(hashes), bool) if validation >= 1 else hashes < np.uint64(int(validation * 2**64))
 
 
-def _batches(documents: Iterator[str | Bad], source: schema.Source, counts: dict[str, int]) -> Iterator[list[str]]:
-    """Documents worth encoding, about a megabyte at a time. Empty ones are dropped and counted."""
+def _batches(
+    documents: Iterator[str | Bad], source: schema.Source
+) -> Iterator[tuple[list[str], list[tuple[int, str]]]]:
+    """Documents worth encoding, about a megabyte at a time; and what was passed over: (documents of the batch before
+    it, "dropped" for an empty one or "skipped" for a bad one)."""
     batch: list[str] = []
+    passed_over: list[tuple[int, str]] = []
     size = 0
     for document in documents:
         if isinstance(document, Bad):
             if source.on_bad_line == "error":
                 remedy = f'mend it, or set on_bad_line = "skip" for source {source.name!r} to leave such documents out'
                 raise PreflightError(f"{document.where}: {document.why}; {remedy}")
-            counts["skipped"] += 1
+            passed_over.append((len(batch), "skipped"))
         elif not document:
-            counts["dropped"] += 1
+            passed_over.append((len(batch), "dropped"))
         else:
             batch.append(document)
             size += len(document)
             if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
+                yield batch, passed_over
+                batch, passed_over, size = [], [], 0
+    if batch or passed_over:
+        yield batch, passed_over

@@ -7,7 +7,6 @@ at a document: that depends on all units before, so a unit may be cut too late a
 which keeps the bytes independent of how many workers there were.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cheaptrain.data.encode import EncoderSpec
-from cheaptrain.data.files import TEMPORARY_PREFIX
+from cheaptrain.data.files import TEMPORARY_PREFIX, read_sealed
 from cheaptrain.data.manifest import Manifest, Totals, bad_files, manifest_path, save_manifest
 from cheaptrain.data.sources import Plan, Unit
 from cheaptrain.data.units import FORMAT, SPLITS, Job, record_path
@@ -119,15 +118,16 @@ class Work:
             ),
             units=tuple({key: value for key, value in record.items() if key != "inputs"} for record in kept),
         )  # fmt: skip
-        save_manifest(manifest)
+        save_manifest(manifest, self.job.owner)
         self._remove_surplus(
             {record_path(self.directory, record["index"]).name for record in kept} | set(manifest.files)
         )
         return manifest
 
     def clear_temporary(self) -> None:
-        """Remove what a killed run of the same part left half-written."""
-        for path in self.directory.glob(f"{TEMPORARY_PREFIX}{self.job.owner}-*"):
+        """Remove what killed runs left half-written: of the same part, or of any when no other part can be at work."""
+        owner = f"{self.job.owner}-" if self.shard[1] > 1 else ""
+        for path in self.directory.glob(f"{TEMPORARY_PREFIX}{owner}*"):
             path.unlink(missing_ok=True)
 
     def withdraw_manifest(self) -> None:
@@ -157,7 +157,7 @@ class Work:
     def _valid_record(self, unit: Unit) -> dict[str, Any] | None:
         path = record_path(self.directory, unit.index)
         try:
-            record = json.loads(path.read_bytes())
+            record = read_sealed(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -170,7 +170,7 @@ class Work:
         if problems:
             self.changes.append(f"unit {unit.index} ({unit.label}): {problems[0]}")
             return None
-        return dict(record)
+        return record
 
     def _remove_surplus(self, kept: set[str]) -> None:
         """Shards of units that are no longer part of the source."""

@@ -77,7 +77,8 @@ def _unknown(node: Node, steps: Steps) -> list[Steps]:
     prefix = f"{key.name}." if key else ""
     found: list[Steps] = []
     for name, child in node.value.items():
-        found += _unknown(child, (*steps, name)) if prefix + name in keys() else [(*steps, name)]
+        known = "." not in name and prefix + name in keys()  # "train.lr" in quotes is one key, and none of ours
+        found += _unknown(child, (*steps, name)) if known else [(*steps, name)]
     return found
 
 

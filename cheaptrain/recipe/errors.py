@@ -21,6 +21,7 @@ class Origin:
         return f"{self.file}:{self.line}" if self.line else self.file
 
 
+_LONGEST_KEY = 160  # of a key in a message; some files are no recipes at all
 COMMAND_LINE = Origin("command line", 0)
 
 
@@ -33,7 +34,8 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return ": ".join(filter(None, (str(self.origin), self.key, self.message)))
+        key = self.key if len(self.key) <= _LONGEST_KEY else f"{self.key[:_LONGEST_KEY]}..."
+        return ": ".join(filter(None, (str(self.origin), key, self.message)))
 
 
 class RecipeProblems(RecipeError):

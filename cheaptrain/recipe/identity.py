@@ -25,16 +25,20 @@ def identity_hash(recipe: Recipe) -> str:
 
 
 def identity_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two identities, a line a key: `train.lr: 0.0003 -> 0.0006`. Sources are matched by name."""
+    """What differs between two identities, a line a key: `train.lr: 0.0003 -> 0.0006`. Sources are matched by name.
+
+    A key that is null and a key that is not there are the same: a run that was started before an optional key existed
+    is still the same run.
+    """
     before, after = _leaves(old), _leaves(new)
     lines = [
         f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
         for key in dict.fromkeys([*before, *after])
         if _shown(before.get(key)) != _shown(after.get(key))
     ]
-    if not lines and json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
-        orders = [", ".join(source["name"] for source in kept["data"]["sources"]) for kept in (old, new)]
-        lines = [f"data.sources, in order: {orders[0]} -> {orders[1]}"]
+    first, then = _source_names(old), _source_names(new)
+    if first != then and sorted(first) == sorted(then):
+        lines.append(f"data.sources, in order: {', '.join(first)} -> {', '.join(then)}")
     return lines
 
 
@@ -58,6 +62,12 @@ def _identity(value: Any) -> Any:
                 kept[key] = inner
         return kept
     return [_identity(item) for item in value]
+
+
+def _source_names(kept: dict[str, Any]) -> list[str]:
+    """Names of the sources, in order. The identity may be another version's, so nothing is sure to be there."""
+    sources = (kept.get("data") or {}).get("sources") or []
+    return [str(source.get("name")) for source in sources]
 
 
 def _leaves(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

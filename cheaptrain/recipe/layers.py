@@ -83,13 +83,15 @@ def _parse(path: Path, file: str, asked: Origin, problems: list[Problem]) -> Nod
             return build(tomli.loads(text), file, toml_lines(text))
         except tomli.TOMLDecodeError as error:
             problems.append(_syntax(error, file, text))
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets hundreds deep
+            problems.append(Problem(Origin(file, 1), "", f"cannot be read as TOML: {error}"))
     return None
 
 
 def _texts(key: str, node: Node | None, problems: list[Problem]) -> list[Node]:
     """`extends` and `unset` are a text or a list of texts."""
     elements = node.value if node and isinstance(node.value, list) else [node] if node else []
-    if all(isinstance(element.value, str) and element.value for element in elements):
+    if all(isinstance(element.value, str) and element.value and "\0" not in element.value for element in elements):
         return elements
     assert node is not None
     example = '"base.toml"' if key == "extends" else '"train.tokens"'

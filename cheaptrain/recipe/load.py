@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cheaptrain.errors import RecipeError
 from cheaptrain.recipe.check import check
 from cheaptrain.recipe.errors import Problem, RecipeProblems
 from cheaptrain.recipe.keys import key_at
 from cheaptrain.recipe.layers import merge_layers, read_layers
-from cheaptrain.recipe.overrides import apply_overrides
+from cheaptrain.recipe.overrides import apply_overrides, is_utf8
 from cheaptrain.recipe.schema import Recipe, Section
 from cheaptrain.recipe.tree import Node, Steps, at, dotted, leaves, put
 
@@ -41,6 +42,8 @@ class LoadedRecipe:
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Read a recipe and all it extends. Raises RecipeError that lists everything wrong with it."""
+    if not is_utf8(str(path)) or "\0" in str(path):
+        raise RecipeError(f"{str(path)!a} is not UTF-8 text; rename the file")
     problems: list[Problem] = []
     layers = read_layers(Path(path), problems)
     if problems:  # a file is missing or unreadable: any more complaints would be about its absence
@@ -68,16 +71,20 @@ def _expand(tree: Node, problems: list[Problem]) -> Node:
             if "${env:" in leaf.value:
                 problems.append(Problem(leaf.origin, name, "${env:NAME} is expanded in paths only, and this is none"))
             continue
-        unset = [variable for variable in _ENV.findall(leaf.value) if variable not in os.environ]
-        problems += [
-            Problem(leaf.origin, name, f"the environment variable {variable} is not set") for variable in unset
-        ]
-        if "${" in _ENV.sub("", leaf.value):
+        unset = [variable for variable in _ENV.findall(leaf.value) if not os.environ.get(variable)]
+        for variable in unset:  # an empty one as well: "${env:SCRATCH}/data" would be a folder at the root
+            how = "empty" if variable in os.environ else "not set"
+            problems.append(Problem(leaf.origin, name, f"the environment variable {variable} is {how}"))
+        if not leaf.value:
+            problems.append(Problem(leaf.origin, name, "is empty; give a path, or leave the key out"))
+        elif "${" in _ENV.sub("", leaf.value):
             problems.append(Problem(leaf.origin, name, f"{leaf.value!r}: a variable is written ${{env:NAME}}"))
         elif leaf.value.startswith("~"):
             problems.append(Problem(leaf.origin, name, f"{leaf.value!r}: ~ is not expanded; write ${{env:HOME}}/..."))
         elif not unset:
             expanded = _ENV.sub(lambda match: os.environ[match[1]], leaf.value)
+            if "\0" in expanded or not is_utf8(expanded):
+                problems.append(Problem(leaf.origin, name, f"{expanded!a} is no path: UTF-8 text without \\0"))
             tree = put(tree, steps, Node(expanded, leaf.origin))
     return tree
 

@@ -6,6 +6,7 @@ TOML. Nobody has to quote twice for the shell. An element of a named list goes b
 """
 
 import difflib
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -24,6 +25,9 @@ def apply_overrides(tree: Node, overrides: Sequence[str], problems: list[Problem
     for text in overrides:
         name, equals, value = text.partition("=")
         name, value = name.strip(), value.strip()
+        if not is_utf8(text):
+            problems.append(Problem(COMMAND_LINE, "", f"{text!a} is not UTF-8 text"))
+            continue
         if not equals or not name:
             problems.append(
                 Problem(COMMAND_LINE, "", f"{text!r} is not an override; write key=value, e.g. train.lr=3e-4")
@@ -34,6 +38,25 @@ def apply_overrides(tree: Node, overrides: Sequence[str], problems: list[Problem
         except LookupError as error:
             problems.append(Problem(COMMAND_LINE, name, str(error.args[0])))
     return tree
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Recipes and overrides. A path may hold an `=` too (`sweep/lr=3e-4/recipe.toml`): no key holds a slash."""
+    overrides = [
+        text
+        for text in arguments
+        if "=" in text and not {"/", os.sep} & set(text.partition("=")[0]) and not os.path.isfile(text)
+    ]
+    return [text for text in arguments if text not in overrides], overrides
+
+
+def is_utf8(text: str) -> bool:
+    """Whether it can be written to a file; names on a disk and variables of the shell may hold any bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unset(tree: Node, name: str) -> Node:
@@ -112,7 +135,7 @@ def _value(text: str, annotation: Any) -> Any:
 
 def _toml(text: str) -> Any:
     """The text as one TOML value; the text itself when it is none."""
-    with suppress(tomli.TOMLDecodeError):
+    with suppress(ValueError, RecursionError):  # not TOML, a number of thousands of digits, brackets hundreds deep
         alone, listed = tomli.loads(f"value = {text}"), tomli.loads(f"value = [{text}]")
         # Read twice: a comment or a second line would pass the first, a trailing comma the second.
         if listed == {"value": [alone["value"]]}:

@@ -148,7 +148,7 @@ _GOES_WITH = {
 class Source(Section):
     """One stream of documents and its share of the mixture. Exactly one origin."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = Field(
         description="what metrics, overrides and recipes that extend this one call it", examples=["web"]
     )
     weight: Annotated[float, Field(ge=0)] = Field(
@@ -181,6 +181,9 @@ class Source(Section):
 
     def clashes(self) -> Iterator[Clash]:
         yield from self._exactly_one(*ORIGINS)
+        for key in self._given("files", "packages", "tokens", "data_files"):
+            if getattr(self, key) == []:
+                yield Clash(f"{key} is an empty list; name at least one", (key,))
         given = self._given(*ORIGINS)
         if len(given) == 1:
             for key in self._given(*_GOES_WITH):

@@ -36,6 +36,9 @@ def unknown_key(table: str, name: str, *, is_table: bool = False, home: str | No
         ours, hint = foreign
         told = f"; use {place(ours)}" if ours else " with no counterpart here"
         return Suggestion(noun + told + (f": {hint}" if hint else ""), ours)
+    whole = f"{table}.{name}".lstrip(".")
+    if "." in name and whole in keys():
+        return Suggestion(f"{noun}: in quotes it is one name with a dot in it; write {whole} without quotes", whole)
     siblings = {key.leaf: key.name for key in keys().values() if key.table == (home or table)}
     if home and name in siblings:
         return Suggestion(f"{noun}; use {place(siblings[name])}", siblings[name])

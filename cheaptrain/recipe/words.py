@@ -27,6 +27,8 @@ def wrong_value(key: Key, error: Any, given: Any, inside: bool) -> str:
         return _not_a_choice(key, given)
     if kind in _LIMITS:
         return f"must be {_LIMITS[kind].format(**ctx)}, not {_toml(given)}"
+    if kind == "string_too_long":
+        return f"must have at most {ctx['max_length']} characters, not {len(given)}"
     if kind == "too_short" and isinstance(given, list) and not given:
         return "must not be empty"
     if kind == "string_pattern_mismatch":

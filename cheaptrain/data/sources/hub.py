@@ -131,6 +131,9 @@ def _cannot_load(source: schema.Source, error: Exception) -> str:
     asked = [f"hub = {source.hub!r}"]
     asked += [f"{key} = {value!r}" for key in ("subset", "split", "revision") if (value := getattr(source, key))]
     reason = " ".join(str(error).split())[:400]
-    return (
-        f"source {source.name!r} ({', '.join(asked)}): {type(error).__name__}: {reason}; check these, and the network"
-    )
+    said = f"{type(error).__name__}: {reason}; check these, and the network"
+    if isinstance(error, StopIteration):  # what datasets raises for files without a row
+        said = "its files hold nothing"
+    elif source.on_bad_line == "skip":
+        said += "; on_bad_line leaves out rows without text, not lines at which the datasets library stops"
+    return f"source {source.name!r} ({', '.join(asked)}): {said}"

@@ -29,6 +29,7 @@ from cheaptrain.recipe import schema
 _SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt"}
 _SUFFIXES |= {".jsonl.gz": "jsonl.gz", ".jsonl.zst": "jsonl.zst"}
 _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowException)
+_BOM = b"\xef\xbb\xbf"  # of a file that an editor on Windows wrote
 _LINES_TO_JUDGE_BY = 100
 _COMPRESSION = 3  # text bytes expected of one compressed byte; only progress and free space depend on it
 
@@ -38,7 +39,9 @@ def find_files(patterns: str | list[str], key: str) -> tuple[list[str], list[str
     found: dict[str, str] = {}
     twice = 0
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matches = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+        literal = os.path.isfile(pattern)  # a name may hold brackets
+        globbed = [pattern] if literal else glob.glob(pattern, recursive=True)
+        matches = sorted(path for path in globbed if not os.path.isdir(path))
         if not matches and os.path.isdir(pattern):
             raise PreflightError(
                 f"{key}: {pattern!r} is a folder; write {pattern.rstrip('/')}/**/*.parquet or the like"
@@ -47,6 +50,8 @@ def find_files(patterns: str | list[str], key: str) -> tuple[list[str], list[str
             what = "no file matches" if glob.has_magic(pattern) else "no such file:"
             raise PreflightError(f"{key}: {what} {pattern!r} (looked from {os.getcwd()}); check the path in the recipe")
         for path in matches:
+            if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would wait for ever
+                raise PreflightError(f"{key}: {path} is no regular file but a pipe or a device; write it to a file")
             twice += os.path.realpath(path) in found
             found.setdefault(os.path.realpath(path), path)
     notes = [f"{twice} file{'s' * (twice > 1)} given twice by {key}, read once"] if twice else []
@@ -64,26 +69,32 @@ def plan(source: schema.Source, unit_bytes: int, hashes: InputHashes) -> Plan:
         Input(path, fingerprint, os.path.getsize(path))
         for path, fingerprint in zip(paths, hashes.of(map(Path, paths)), strict=True)
     ]
+    tables = {
+        path: _columns(path, kind)
+        for path, kind, item in zip(paths, kinds, inputs, strict=True)
+        if kind != "txt" and item.size
+    }
     column = source.column
-    if column is None and any(kind != "txt" for kind in kinds):
-        tables = (index for index, kind in enumerate(kinds) if kind != "txt" and inputs[index].size)
-        if (first := next(tables, None)) is not None:
-            column = choose_column(_columns(paths[first], kinds[first]), None, paths[first], source.name)
-            notes.append(f"text column: {column}")
+    for path, columns in tables.items():
+        if not columns:
+            continue  # one shard of many may hold nothing
+        column = choose_column(columns, column, path, source.name)
+    if source.column is None and column is not None:
+        notes.append(f"text column: {column}")
     pieces = []
     for path, kind, stamp, item in zip(paths, kinds, stamps, inputs, strict=True):
-        if kind != "txt" and item.size:
-            choose_column(_columns(path, kind), column, path, source.name)
         pieces += [(item, piece | {"stamp": stamp}, size) for piece, size in _pieces(path, kind, column, unit_bytes)]
     units: list[Unit] = []
     group: list[tuple[Input, dict[str, Any], int]] = []
+    group_bytes = 0
     for index, entry in enumerate(pieces):
         group.append(entry)
+        group_bytes += entry[2]
         alone = entry[1]["kind"] in ("jsonl.gz", "jsonl.zst")
         next_alone = index + 1 < len(pieces) and pieces[index + 1][1]["kind"] in ("jsonl.gz", "jsonl.zst")
-        if alone or next_alone or index + 1 == len(pieces) or sum(size for *_, size in group) >= unit_bytes:
+        if alone or next_alone or index + 1 == len(pieces) or group_bytes >= unit_bytes:
             units.append(_unit(len(units), group, source.on_bad_line))
-            group = []
+            group, group_bytes = [], 0
     return Plan(tuple(units), tuple(notes))
 
 
@@ -114,20 +125,30 @@ def documents(unit: Unit) -> Iterator[str | Bad]:
 def json_document(line: bytes, column: str, where: str, first: bool = False) -> Iterator[str | Bad]:
     """The text of one JSON line; nothing for a blank one."""
     if first:
-        line = line.removeprefix(b"\xef\xbb\xbf")
+        line = line.removeprefix(_BOM)
     if line.isspace() or not line:
         return
     try:
-        record = json.loads(line)
+        record = _parsed(line)
     except UnicodeDecodeError as error:
         yield Bad(where, f"not UTF-8 ({error.reason} at byte {error.start} of the line)")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # brackets nested thousands deep
         yield Bad(where, f"not JSON ({error})")
     else:
         if not isinstance(record, dict):
             yield Bad(where, f"a JSON {type(record).__name__}, not an object with a column {column!r}")
         else:
             yield text_value(record.get(column), column, where)
+
+
+def _parsed(line: bytes) -> Any:
+    """The JSON of a line. Numbers of thousands of digits, which Python refuses to read, stay text: nobody asks them."""
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:
+        return json.loads(line, parse_int=str)
 
 
 def text_value(value: Any, column: str, where: str) -> str | Bad:
@@ -189,16 +210,20 @@ def _place(piece: dict[str, Any]) -> str:
 
 
 def _columns(path: str, kind: str) -> dict[str, bool]:
-    """Columns of a file, and whether each holds text; of jsonl, as far as its first lines tell."""
+    """Columns of a file, and whether each holds text; of jsonl, as far as its first lines tell. None in an empty file:
+    one shard of many may hold nothing."""
     if kind == "parquet":
         return arrow_columns(_parquet_file(path).schema_arrow)
     columns: dict[str, bool] = {}
+    blank = True
     try:
         with _decompressed(path, kind) as stream:
-            for line in islice(stream, _LINES_TO_JUDGE_BY):
+            lines = (line.removeprefix(_BOM) for line in stream)
+            for line in islice(filter(bytes.strip, lines), _LINES_TO_JUDGE_BY):
+                blank = False
                 try:
-                    record = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-                except ValueError:
+                    record = _parsed(line)
+                except (ValueError, RecursionError):
                     continue  # named, with its number, when the documents are read
                 for name, value in record.items() if isinstance(record, dict) else ():
                     columns[name] = columns.get(name, False) or isinstance(value, str)
@@ -206,16 +231,20 @@ def _columns(path: str, kind: str) -> dict[str, bool]:
         raise PreflightError(f"{path}: broken or cut short ({error}); fetch or write it again") from error
     except OSError as error:
         raise PreflightError(_cannot_read(path, error)) from error
-    if not columns:
+    if not columns and not blank:
         raise PreflightError(f"{path}:1: none of the first lines is a JSON object with columns; is this a jsonl file?")
     return columns
 
 
 def arrow_columns(arrow_schema: pa.Schema) -> dict[str, bool]:
     """Columns of an Arrow schema, and whether each holds text."""
-    return {
-        field.name: pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in arrow_schema
-    }
+    return {field.name: _holds_text(field.type) for field in arrow_schema}
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):  # a category of pandas
+        return _holds_text(kind.value_type)
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
 
 def _parquet_file(path: str) -> pq.ParquetFile:
@@ -232,6 +261,8 @@ def _parquet(path: str, row_group: int, column: str) -> Iterator[str | Bad]:
     row = sum(file.metadata.row_group(index).num_rows for index in range(row_group))
     for batch in file.iter_batches(1024, row_groups=[row_group], columns=[column]):
         values = batch.column(0)
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
         try:
             texts = values.to_pylist()
         except UnicodeDecodeError:
@@ -282,7 +313,7 @@ def _decoded(raw: bytes | None, where: str) -> str | Bad:
     if raw is None:
         return Bad(where, "no value")
     try:
-        return raw.removeprefix(b"\xef\xbb\xbf").decode()
+        return raw.removeprefix(_BOM).decode()
     except UnicodeDecodeError as error:
         return Bad(where, f"not UTF-8 ({error.reason} at byte {error.start})")
 

@@ -42,9 +42,10 @@ def plan(source: schema.Source, unit_bytes: int, hashes: InputHashes) -> Plan:
     ]
     units: list[Unit] = []
     group: list[tuple[Input, dict[str, Any]]] = []
+    size = 0
     for index, ((name, path), item) in enumerate(zip(ordered, inputs, strict=True)):
         group.append((item, {"name": name, "path": str(path), "stamp": stamps[index]}))
-        size = sum(entry.size for entry, _ in group)
+        size += item.size
         if size >= unit_bytes or index + 1 == len(ordered):
             label = group[0][0].name if len(group) == 1 else f"{group[0][0].name} to {group[-1][0].name}"
             entries, pieces = [entry for entry, _ in group], [piece for _, piece in group]
@@ -53,7 +54,7 @@ def plan(source: schema.Source, unit_bytes: int, hashes: InputHashes) -> Plan:
                     len(units), label, entries, pieces, size, content=source.content, on_bad_line=source.on_bad_line
                 )
             )
-            group = []
+            group, size = [], 0
     return Plan(tuple(units), (f"{len(ordered):,} Python files",))
 
 
@@ -93,8 +94,10 @@ def _python_files(name: str, source: str) -> dict[str, Path]:
         return {key: path for key, path in files.items() if path.is_file()}
     known = {*importlib.metadata.packages_distributions(), *sys.stdlib_module_names}
     known |= {distribution.name for distribution in importlib.metadata.distributions() if distribution.name}
+    if name in known:
+        raise PreflightError(f"source {source!r}: packages: {name!r} has no Python code to read, only a compiled part")
     near = get_close_matches(name, sorted(known), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"install it (pip install {first})"
+    hint = f"did you mean {near[0]!r}?" if near else f"install it (pip install {first or '...'})"
     raise PreflightError(f"source {source!r}: packages: no Python code called {name!r} on this machine; {hint}")
 
 

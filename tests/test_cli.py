@@ -1,0 +1,55 @@
+"""The commands: what they take for what, and the exit code of what they refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+from recipe_texts import MINIMAL
+
+from cheaptrain import cli
+from cheaptrain.errors import EXIT_RECIPE, RecipeError
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run `cheaptrain ARGUMENTS`; returns its exit code."""
+    monkeypatch.setattr("sys.argv", ["cheaptrain", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [], ["trian"], ["prepare"], ["plan", "train.lr=3"], ["plan", "nowhere.toml"], ["schema", "out.json"],
+        ["inspect", "a.toml", "--rows", "0"], ["prepare", "--shards", "1/2", "a.toml"],
+    ],
+)  # fmt: skip
+def test_wrong_usage_ends_with_another_code_than_2(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, *arguments) == EXIT_RECIPE
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "/", "a/b", "1/2/3", "-1/2", "²/3", "1.0/2", ""])
+def test_a_shard_that_is_none_is_taken_for_one(shard: str) -> None:
+    with pytest.raises(RecipeError, match="write k/n with 1 <= k <= n"):
+        cli._parse_shard(shard)
+
+
+def test_a_folder_with_an_equals_sign_is_taken_for_an_override(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=3e-4.toml").write_text(MINIMAL, encoding="utf-8")
+    recipes, keys = ["sweep/lr=3e-4/a.toml", "lr=3e-4.toml"], ["train.lr=3e-4", "run.dir=a/b=c", "data.dir=/x"]
+    assert cli._split([*recipes, *keys]) == (recipes, keys)
+
+
+def test_line_100_is_printed_as_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._console().print("recipe.toml:100: seed", markup=False)
+    assert capsys.readouterr().out == "recipe.toml:100: seed\n"
+
+
+def test_the_schema_is_written_to_the_file_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "schema", "--out", str(tmp_path / "schema.json")) == 0
+    schema = json.loads((tmp_path / "schema.json").read_text(encoding="utf-8"))
+    assert schema["$schema"].endswith("2020-12/schema") and "train" in schema["properties"]
+    assert run(monkeypatch, "schema", "--out", str(tmp_path / "no" / "schema.json")) == 1
