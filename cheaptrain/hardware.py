@@ -4,6 +4,7 @@ Dense bf16 peaks without sparsity, from the makers' data sheets. MFU is only sho
 number against a guessed peak would be worse than none.
 """
 
+import re
 from dataclasses import dataclass
 
 
@@ -19,6 +20,7 @@ class Gpu:
 # Longer names first: "H100 PCIe" must be tried before "H100".
 GPUS = (
     Gpu("B200", 2250e12, 180_000_000_000),
+    Gpu("H200 NVL", 835e12, 141_000_000_000),
     Gpu("H200", 989e12, 141_000_000_000),
     Gpu("H100 PCIe", 756e12, 80_000_000_000),
     Gpu("H100 NVL", 835e12, 94_000_000_000),
@@ -37,11 +39,21 @@ GPUS = (
 )
 
 
+_OTHER_CHIPS = ("laptop", "max-q")  # they carry a desktop card's name, and are slower
+
+
 def find_gpu(name: str) -> Gpu | None:
-    """The table's entry whose name stands in `name` ("NVIDIA H200", "h200"), or None."""
-    wanted = _plain(name)
-    return next((gpu for gpu in GPUS if _plain(gpu.name) in wanted), None)
+    """The table's entry whose name stands in `name` ("NVIDIA H200", "h200"), or None.
+
+    As whole words: an "L40" is no L4, an "RTX A1000" no A100, a "GH200" no H200.
+    """
+    wanted = name.lower()
+    if any(word in wanted for word in _OTHER_CHIPS):
+        return None
+    return next((gpu for gpu in GPUS if re.search(_pattern(gpu.name), wanted)), None)
 
 
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
+def _pattern(name: str) -> str:
+    """The words of `name`, with anything but letters and digits, or nothing, between them."""
+    words = re.findall("[a-z0-9]+", name.lower())
+    return rf"(?<![a-z0-9]){'[^a-z0-9]*'.join(words)}(?![a-z0-9])"

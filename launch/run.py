@@ -19,9 +19,9 @@ from cheaptrain.exits import guarded
 
 def main() -> None:
     """Load every recipe, then run them in order."""
-    arguments = sys.argv[1:]
-    overrides = [argument for argument in arguments if "=" in argument]
-    paths = [argument for argument in arguments if "=" not in argument]
+    from cheaptrain.recipe.overrides import split_arguments
+
+    paths, overrides = split_arguments(sys.argv[1:])
     if not paths or any(path.startswith("-") for path in paths):
         raise RecipeError("usage: accelerate launch launch/run.py RECIPE [RECIPE …] [key=value …]")
     from cheaptrain.train.chain import run_chain

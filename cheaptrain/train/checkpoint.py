@@ -165,6 +165,11 @@ def set_aside(folder: Path, report: Report) -> Path:
     return aside
 
 
+def unsafe_files(folder: Path) -> list[str]:
+    """Files below `folder` that have no place in a checkpoint."""
+    return [name for name in listed_files(folder) if Path(name).suffix not in _SAFE_SUFFIXES]
+
+
 def _already_there(target: Path, parts: CheckpointParts, report: Report) -> bool:
     if not target.exists():
         return False
@@ -209,7 +214,7 @@ def _write(folder: Path, step: int, parts: CheckpointParts) -> None:
     if parts.state_tensors is not None:
         write_state(folder / STATE, parts.state_tensors, parts.state_scalars)
     names = listed_files(folder)
-    if unsafe := [name for name in names if Path(name).suffix not in _SAFE_SUFFIXES]:
+    if unsafe := unsafe_files(folder):
         raise ProofFailed(
             f"a checkpoint holds safetensors and JSON only, nothing that could be pickled: {', '.join(unsafe)}"
         )

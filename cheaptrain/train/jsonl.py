@@ -49,12 +49,13 @@ class JsonLines:
 
     def sync(self) -> None:
         """Put everything on the disk. Raises CheaptrainError when it does not take it."""
-        error = self._flush()
-        if error is None:
-            os.fsync(self._handle)
-        else:
+        if error := self._flush():
             lines = self._pending.count(b"\n")
             raise CheaptrainError(f"{self.path}: {error.strerror}; {lines} lines could not be written")
+        try:
+            os.fsync(self._handle)
+        except OSError as error:
+            raise CheaptrainError(f"{self.path}: {error.strerror}; its last lines may not outlive a crash") from error
 
     def close(self) -> None:
         """Write what is left and close. Raises CheaptrainError when lines are lost."""
@@ -114,10 +115,22 @@ class JsonLines:
         sync(self.path.parent)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, in order; a last line torn by a dying process, or still being written, is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+def read_records(path: Path, report: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """The records of a file, in order; a last line torn by a dying process, or still being written, is left out.
+
+    Raises ValueError for any other line that is no record; with `report` such lines are left out, and counted to it.
+    """
+    records, broken = [], 0
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if report is None:
+                raise
+            broken += 1
+    if broken and report is not None:
+        report(f"{path}: {broken} broken line{'s' * (broken > 1)} left out")
+    return records
 
 
 def _finite(value: Any) -> Any:

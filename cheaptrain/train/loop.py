@@ -31,7 +31,7 @@ def train(stage: Stage) -> None:
     """Train from the ledger's step to the last one.
 
     Raises DivergedError (exit 4) when a step is not finite and the recipe says stop, StoppedError (exit 75) after a
-    signal, with a checkpoint saved.
+    signal, with every step done saved.
     """
     resolved, ledger = stage.resolved, stage.ledger
     factor = learning_rate(stage.recipe.train, resolved)
@@ -41,6 +41,8 @@ def train(stage: Stage) -> None:
     stage.model.train()
     started_at = ledger.step
     try:
+        if stage.stop:
+            _stop(stage, saved=True)
         with closing(stage.loader.prefetch(ledger.rows_seen, resolved.steps - ledger.step)) as steps:
             while ledger.step < resolved.steps:
                 began = time.perf_counter()
@@ -56,19 +58,20 @@ def train(stage: Stage) -> None:
                 )
                 ledger.add(batches, stage.loader.order.names, result, time.perf_counter() - began)
                 if not result.applied:
-                    _not_finite(stage, result)
-                _after_step(stage, display, result, time.perf_counter() - began)
+                    _not_finite(stage, result, time.perf_counter() - began)
+                saved = _after_step(stage, display, result, time.perf_counter() - began)
                 if ledger.step == started_at + 1:
                     gc.collect()
                     gc.freeze()  # a full collection in the middle of training costs up to half a second
                 if stage.stop and ledger.step < resolved.steps:
-                    _stop(stage)
+                    _stop(stage, saved)
     finally:
         display.close()
         gc.unfreeze()
 
 
-def _after_step(stage: Stage, display: Display, result: StepResult, seconds: float) -> None:
+def _after_step(stage: Stage, display: Display, result: StepResult, seconds: float) -> bool:
+    """Whatever is due after a step, in this order; whether a checkpoint of it stands now."""
     step, resolved, ledger = stage.ledger.step, stage.resolved, stage.ledger
     last = step == resolved.steps
     values = _step_metrics(stage, result, seconds)
@@ -77,8 +80,7 @@ def _after_step(stage: Stage, display: Display, result: StepResult, seconds: flo
     seconds_a_step = ledger.train_seconds / max(1, step)
     display.step(step, values, (resolved.steps - step) * seconds_a_step)
     _observe(stage, first=False)
-    if step % resolved.save_every == 0 or last:
-        save(stage, final=last)
+    return (step % resolved.save_every == 0 or last) and save(stage, final=last) is not None
 
 
 def _step_metrics(stage: Stage, result: StepResult, seconds: float) -> dict[str, Any]:
@@ -114,8 +116,8 @@ def _observe(stage: Stage, *, first: bool) -> None:
         values = validation_metrics(validate(stage.model, stage.validation, stage.token_bytes, stage.compute))
         values |= {"val/seconds": time.perf_counter() - began, "train/tokens": stage.ledger.tokens_seen}
         stage.metrics.write(step, values)
-        loss, bits = values["val/loss"], values["val/bpb"]
-        say(stage.console, f"step {step:,}: validation loss {loss:.4f}, {bits:.4f} bits per byte", "dim")
+        bits = f", {values['val/bpb']:.4f} bits per byte" if "val/bpb" in values else ""
+        say(stage.console, f"step {step:,}: validation loss {values['val/loss']:.4f}{bits}", "dim")
     if stage.recipe.samples.prompts and (ends or step % resolved.sample_every == 0):
         for sample in write_samples(
             stage.model, stage.tokenizer.hf, stage.recipe.samples, seed=stage.recipe.seed + step
@@ -123,11 +125,11 @@ def _observe(stage: Stage, *, first: bool) -> None:
             stage.samples.append({"step": step, **sample})
 
 
-def _not_finite(stage: Stage, result: StepResult) -> None:
+def _not_finite(stage: Stage, result: StepResult, seconds: float) -> None:
     policy, ledger = stage.recipe.train, stage.ledger
     what = f"step {ledger.step}: loss {result.loss}, gradient norm {result.grad_norm}; the weights were not touched"
     if policy.on_nonfinite == "stop" or ledger.skipped_in_a_row >= policy.max_skipped_steps:
-        stage.metrics.write(ledger.step, _step_metrics(stage, result, 1.0) | {"train/tokens_per_second": 0.0})
+        stage.metrics.write(ledger.step, _step_metrics(stage, result, seconds))
         after = "" if policy.on_nonfinite == "stop" else f" ({ledger.skipped_in_a_row} skipped in a row)"
         raise DivergedError(
             f"{what}{after}. Lower train.lr or lengthen train.warmup; "
@@ -136,9 +138,11 @@ def _not_finite(stage: Stage, result: StepResult) -> None:
     say(stage.console, f"{what}; skipped ({ledger.skipped_steps} so far)", "yellow")
 
 
-def _stop(stage: Stage) -> None:
-    path = save(stage, final=False)
-    where = f"checkpoint {path}" if path else "the last checkpoint stays (saving now failed)"
-    raise StoppedError(
-        f"{stage.stop.name}: stopped after step {stage.ledger.step}; {where}. Run the same command to go on."
-    )
+def _stop(stage: Stage, saved: bool) -> None:
+    """Raise StoppedError, saving first what is not `saved` yet."""
+    step, missed = stage.ledger.step, ""
+    if not saved and save(stage, final=False) is None:
+        missed = "; saving now failed"
+    newest = stage.run.steps()[-1:]
+    where = f"checkpoint {newest[0]}" if newest else "nothing is saved yet, so the run starts over"
+    raise StoppedError(f"{stage.stop.name}: stopped after step {step}{missed}; {where}. Run the same command to go on.")

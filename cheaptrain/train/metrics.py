@@ -5,7 +5,6 @@ metrics.jsonl goes on. A tracker that cannot start is an error, because nothing 
 """
 
 import importlib.util
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,47 +23,58 @@ class Metrics:
     def __init__(self, file: JsonLines, accelerator: Accelerator) -> None:
         self.file = file
         self.accelerator = accelerator
-        self.tracking = bool(accelerator.trackers)
+        self._switched_off: set[str] = set()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """`values` under their final names (`train/loss`, `val/bpb`, ...), at `step`."""
         self.file.append({"step": step, **values})
-        if not self.tracking:
-            return
-        try:
-            self.accelerator.log(dict(values), step=step)
-        except Exception as error:  # a tracker is a guest here
-            warnings.warn(f"trackers switched off: {type(error).__name__}: {error}", stacklevel=2)
-            self.tracking = False
+        for tracker in self.accelerator.trackers:
+            if tracker.name in self._switched_off:
+                continue
+            try:
+                tracker.log(dict(values), step=step)
+            except Exception as error:  # a tracker is a guest here
+                warnings.warn(f"{tracker.name} switched off: {type(error).__name__}: {error}", stacklevel=2)
+                self._switched_off.add(tracker.name)
 
     def close(self) -> None:
-        """Close the file and finish the trackers."""
-        self.file.close()
+        """Finish the trackers and close the file. Raises CheaptrainError when lines of the file are lost."""
         for tracker in self.accelerator.trackers:
             try:
                 tracker.finish()
             except Exception as error:
                 warnings.warn(f"{tracker.name} did not finish: {type(error).__name__}: {error}", stacklevel=2)
         self.accelerator.trackers = []
+        self.file.close()
+
+
+def refuse_missing_trackers(log: Log) -> None:
+    """Raise PreflightError for trackers of the recipe that are not installed."""
+    missing = [tracker for tracker in log.trackers if importlib.util.find_spec(tracker) is None]
+    if missing:
+        raise PreflightError(
+            f"log.trackers: {', '.join(missing)} not installed; run: pip install 'cheaptrain[{','.join(missing)}]'"
+        )
 
 
 def start_trackers(
-    accelerator: Accelerator, log: Log, *, directory: Path, name: str, run_id: str, step: int, config: Mapping[str, Any]
+    accelerator: Accelerator,
+    log: Log,
+    *,
+    directory: Path,
+    name: str,
+    run_id: str,
+    first_step: int,
+    config: Mapping[str, Any],
 ) -> None:
     """Start the recipe's trackers on `accelerator`. The same `run_id` continues the same curve after a resume.
 
-    Raises PreflightError when a tracker is not installed or does not start.
+    `first_step` is the first that will be logged: a fresh run logs step 0 too, of an earlier attempt perhaps again.
+
+    Raises PreflightError when a tracker does not start.
     """
-    missing = [tracker for tracker in log.trackers if importlib.util.find_spec(tracker) is None]
-    if missing:
-        extras = ",".join(missing)
-        raise PreflightError(
-            f"log.trackers: {', '.join(missing)} not installed; run: pip install 'cheaptrain[{extras}]'"
-        )
     if not log.trackers:
         return
-    if "trackio" in log.trackers:
-        os.environ.setdefault("TRACKIO_DIR", str(directory / "trackio"))
     try:
         accelerator.init_trackers(
             log.project,
@@ -72,7 +82,7 @@ def start_trackers(
             init_kwargs={
                 "wandb": {"id": run_id, "name": name, "dir": str(directory), "resume": "allow"},
                 "trackio": {"name": f"{name}-{run_id}", "resume": "allow"},
-                "tensorboard": {"purge_step": step + 1},
+                "tensorboard": {"purge_step": first_step},
             },
         )
     except Exception as error:

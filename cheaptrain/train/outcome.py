@@ -1,6 +1,6 @@
 """What came of the stages of a launch: one table, what the model writes now, where it lies, and what to do next."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,25 @@ class Outcome:
     name: str
     state: str
     tokens: int
-    seconds: float
+    seconds: float  # of this launch
+    from_step: int  # where this launch took the stage up
     validations: tuple[dict[str, Any], ...]
     samples: tuple[dict[str, Any], ...]
     run: RunDirectory
 
 
-def outcome_of(survey: Survey, state: str, seconds: float) -> Outcome:
-    """The outcome of a finished stage; `seconds` of this launch, 0 when it was done before."""
+def outcome_of(survey: Survey, state: str, seconds: float, from_step: int, report: Callable[[str], None]) -> Outcome:
+    """The outcome of a finished stage; `seconds` of this launch, 0 when it was done before. What cannot be read of its
+    records goes to `report`: the table is no reason to fail."""
     run = RunDirectory(Path(survey.loaded.recipe.run.dir))
     return Outcome(
         name=survey.loaded.name,
         state=state,
         tokens=survey.resolved.tokens,
         seconds=seconds,
-        validations=tuple(record for record in read_records(run.metrics) if "val/loss" in record),
-        samples=tuple(read_records(run.samples)),
+        from_step=from_step,
+        validations=tuple(record for record in read_records(run.metrics, report) if "val/loss" in record),
+        samples=tuple(read_records(run.samples, report)),
         run=run,
     )
 
@@ -53,7 +56,7 @@ def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
         table.add_row(
             outcome.name,
             human(outcome.tokens),
-            duration(outcome.seconds) if outcome.state == "trained" else outcome.state,
+            _time(outcome),
             _first_to_last(outcome, "val/loss"),
             _first_to_last(outcome, "val/bpb"),
         )
@@ -66,10 +69,16 @@ def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
     say(console, f"  lm_eval --model hf --model_args pretrained={last} --tasks arc_easy")
 
 
+def _time(outcome: Outcome) -> str:
+    if outcome.state != "trained":
+        return outcome.state
+    resumed = f" from step {outcome.from_step:,}" if outcome.from_step else ""
+    return f"{duration(outcome.seconds)}{resumed}"
+
+
 def _first_to_last(outcome: Outcome, key: str) -> str:
-    if not outcome.validations:
-        return "–"
-    return f"{outcome.validations[0][key]:.3f} → {outcome.validations[-1][key]:.3f}"
+    values = [record[key] for record in outcome.validations if record.get(key) is not None]
+    return f"{values[0]:.3f} → {values[-1]:.3f}" if values else "–"
 
 
 def _print_samples(outcomes: Sequence[Outcome], console: Console) -> None:

@@ -6,12 +6,14 @@ is counted, and training goes on; the last one of a run may not fail.
 
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cheaptrain.data.tokenizer import load_tokenizer
+from cheaptrain.errors import CheaptrainError
 from cheaptrain.model.proof import plain_twin
 from cheaptrain.model.saving import load_saved, save_model
 from cheaptrain.recipe.schema import Tokenizer
@@ -28,6 +30,7 @@ def save(stage: Stage, *, final: bool) -> Path | None:
     """
     began, ledger = time.perf_counter(), stage.ledger
     report = partial(say, stage.console)
+    _sync_records(stage)  # first: a run goes on from a checkpoint and never writes again what led up to it
     try:
         path = save_checkpoint(stage.run, step=ledger.step, parts=_parts(stage, final), report=report)
     except SaveFailed as error:
@@ -46,9 +49,16 @@ def save(stage: Stage, *, final: bool) -> Path | None:
         report=report,
     )
     stage.metrics.write(ledger.step, {"checkpoint/seconds": time.perf_counter() - began})
-    stage.metrics.file.sync()
-    stage.samples.sync()
     return path
+
+
+def _sync_records(stage: Stage) -> None:
+    """Put metrics and samples on the disk. A disk that refuses is no reason to end the run: they are tried again."""
+    for file in (stage.metrics.file, stage.samples):
+        try:
+            file.sync()
+        except CheaptrainError as error:
+            say(stage.console, f"{error} so far; training goes on", "yellow")
 
 
 def _save_tokenizer(stage: Stage, folder: Path) -> None:
@@ -78,7 +88,8 @@ def _parts(stage: Stage, final: bool) -> CheckpointParts:
 
 @torch.no_grad()
 def _prove(stage: Stage, folder: Path) -> dict[str, Any]:
-    """Reload from `folder` as anyone would, and compare every weight, the logits of fixed tokens, and the tokenizer."""
+    """Reload from `folder` as anyone would, and compare every weight, the logits of fixed tokens, where generating
+    ends, and the tokenizer."""
     saved: Any = load_saved(folder)
     saved = saved.to(stage.compute.device).eval()
     live = plain_twin(stage.model).eval()
@@ -89,6 +100,9 @@ def _prove(stage: Stage, folder: Path) -> dict[str, Any]:
     difference = (saved(stage.proof_ids).logits - live(stage.proof_ids).logits).abs().max().item()
     if difference != 0.0:
         raise ProofFailed(f"{folder}: reloaded logits differ from the live model's by {difference:g}")
+    for part, key in product(("config", "generation_config"), ("bos_token_id", "eos_token_id", "pad_token_id")):
+        if getattr(getattr(saved, part), key) != getattr(getattr(live, part), key):
+            raise ProofFailed(f"{folder}: {key} of {part} is not what it is in the live model")
     again = load_tokenizer(Tokenizer(path=str(folder)), stage.recipe.data)
     if again.fingerprint != stage.tokenizer.fingerprint:
         raise ProofFailed(f"{folder}: the tokenizer written is not the one trained with")

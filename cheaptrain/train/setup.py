@@ -1,8 +1,8 @@
 """From a survey to a stage ready to train: model, proofs, optimizers, loader, and the state of an earlier attempt.
 
 Everything that can be refused is refused here, before the first step: documents that would see each other, a head the
-fused loss would get wrong, prompts that do not fit, no room for checkpoints. A resumed run takes its model, config
-included, from its checkpoint.
+fused loss would get wrong, no room for checkpoints; what needs no model was refused before (`beforehand.py`). A resumed
+run takes its model, config included, from its checkpoint.
 """
 
 import os
@@ -34,7 +34,6 @@ from cheaptrain.train.metrics import Metrics, start_trackers
 from cheaptrain.train.objective import Compute
 from cheaptrain.train.optim import build_optimizers
 from cheaptrain.train.rundir import OpenedRun
-from cheaptrain.train.samples import check_prompts
 from cheaptrain.train.signals import StopRequest
 from cheaptrain.train.space import checkpoint_bytes, checkpoints_at_once
 from cheaptrain.train.stage import Stage
@@ -84,7 +83,7 @@ def set_up(
         directory=run.path,
         name=survey.loaded.name,
         run_id=run_id,
-        step=ledger.step,
+        first_step=ledger.step + 1 if opened.checkpoint else 0,
         config=opened.recipe["recipe"],
     )
     stage = Stage(
@@ -180,9 +179,6 @@ def _prove(model: PreTrainedModel, survey: Survey, compute: Compute) -> None:
     recipe = survey.loaded.recipe
     prove_head(model)
     prove_documents_isolated(model, document_mask=compute.document_mask, seed=recipe.seed, dtype=compute.dtype)
-    positions = getattr(model.config, "max_position_embeddings", recipe.data.seq_len)
-    if problems := check_prompts(survey.tokenizer.hf, recipe.samples.prompts, positions):
-        raise PreflightError("\n".join(problems))
 
 
 def _loader(survey: Survey) -> Loader:
@@ -206,7 +202,7 @@ def _validation(survey: Survey) -> dict[str, list[RowBatch]]:
     for name, manifest in survey.manifests.items():
         if manifest.facts().val_tokens < 2:
             continue
-        batches[name] = list(
+        held_out = list(
             validation_batches(
                 open_stream(manifest, "val"),
                 resolved.seq_len,
@@ -215,6 +211,8 @@ def _validation(survey: Survey) -> dict[str, list[RowBatch]]:
                 recipe.data.document_mask,
             )
         )
+        if any(batch.supervised for batch in held_out):
+            batches[name] = held_out
     return batches
 
 

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from tokenizers import Tokenizer
+
 from cheaptrain.data.manifest import Manifest, load_manifest
 from cheaptrain.data.order import MixtureOrder
 from cheaptrain.data.tokenizer import TextTokenizer, load_tokenizer
-from cheaptrain.errors import RecipeError
+from cheaptrain.errors import PreflightError, RecipeError
+from cheaptrain.model.config import model_config
 from cheaptrain.model.facts import model_facts
+from cheaptrain.model.hub import model_folder
 from cheaptrain.recipe.load import LoadedRecipe
 from cheaptrain.recipe.resolve import ModelFacts, Resolved, SourceFacts, resolve
 from cheaptrain.recipe.schema import Model, Recipe
@@ -29,6 +33,7 @@ class Survey:
     manifests: dict[str, Manifest]
     facts: ModelFacts
     resolved: Resolved
+    positions: int  # that the model can read
 
     @property
     def sources(self) -> dict[str, SourceFacts]:
@@ -55,7 +60,10 @@ def survey(loaded: LoadedRecipe, world_size: int, earlier: Sequence[Survey] = ()
     model = origin(recipe.model, tokenizer, earlier)
     facts = model_facts(model, vocab_size=tokenizer.size, seq_len=recipe.data.seq_len)
     sources = {name: manifest.facts() for name, manifest in manifests.items()}
-    return Survey(loaded, tokenizer, manifests, facts, resolve(recipe, world_size, sources, facts, loaded.provenance))
+    resolved = resolve(recipe, world_size, sources, facts, loaded.provenance)
+    config = model_config(model, vocab_size=tokenizer.size, seq_len=recipe.data.seq_len)
+    positions = getattr(config, "max_position_embeddings", None) or recipe.data.seq_len
+    return Survey(loaded, tokenizer, manifests, facts, resolved, positions)
 
 
 def mixture_order(recipe: Recipe, sources: Mapping[str, SourceFacts]) -> MixtureOrder:
@@ -78,8 +86,10 @@ class Planned(Protocol):
 def origin(model: Model, tokenizer: TextTokenizer | None, earlier: Sequence[Planned]) -> Model:
     """The model to take the facts from: an earlier stage's own when its checkpoint does not exist yet.
 
-    Raises RecipeError when that stage has another tokenizer.
+    Raises RecipeError when that stage, or the checkpoint that is there, has another tokenizer.
     """
+    if tokenizer is not None:
+        _refuse_other_tokenizer(model, tokenizer)
     before = written_by(model.init_from, earlier)
     if before is None:
         return model
@@ -99,8 +109,35 @@ _Stage = TypeVar("_Stage", bound=Planned)
 
 def written_by(path: str | None, earlier: Sequence[_Stage]) -> _Stage | None:
     """The earlier stage in whose run directory `path` lies, if any."""
-    return next((stage for stage in earlier if path and _inside(path, stage.loaded.recipe.run.dir)), None)
+    return next((stage for stage in earlier if written_in(path, stage.loaded)), None)
 
 
-def _inside(path: str, directory: str) -> bool:
-    return Path(path).absolute().is_relative_to(Path(directory).absolute())
+def written_in(path: str | None, loaded: LoadedRecipe) -> bool:
+    """Whether `path` lies in the run directory of this recipe."""
+    return path is not None and Path(path).absolute().is_relative_to(Path(loaded.recipe.run.dir).absolute())
+
+
+def _refuse_other_tokenizer(model: Model, tokenizer: TextTokenizer) -> None:
+    """Weights know their tokens by number. Read through another tokenizer they would be noise, and nothing would fail.
+
+    A tokenizer that only adds or renames special tokens is no other one. Weights that came without a tokenizer cannot
+    be checked.
+    """
+    try:
+        file = model_folder(model) / "tokenizer.json" if model.init_from is not None else None
+    except (RecipeError, PreflightError):  # not there yet, or damaged: refused where it is loaded, with the reason
+        return
+    if file is None or not file.is_file():
+        return
+    saved = Tokenizer.from_file(str(file))
+    named = {*saved.get_added_tokens_decoder(), *tokenizer.hf.backend_tokenizer.get_added_tokens_decoder()}
+    theirs = {number: token for token, number in saved.get_vocab().items()}
+    ours = {number: token for token, number in tokenizer.hf.get_vocab().items()}
+    other = sorted(number for number in (theirs.keys() & ours.keys()) - named if theirs[number] != ours[number])
+    if other:
+        first = other[0]
+        raise RecipeError(
+            f"model.init_from: {model.init_from} was trained with another tokenizer than this recipe has: "
+            f"{len(other):,} ids mean something else, {first} for one is {theirs[first]!r} there and {ours[first]!r} "
+            f'here. Set tokenizer.path = "{model.init_from}"'
+        )

@@ -69,15 +69,20 @@ def _score(model: PreTrainedModel, batches: Iterable[RowBatch], token_bytes: Ten
 
 
 def validation_metrics(scores: Mapping[str, Score]) -> dict[str, float]:
-    """`val/loss` and `val/bpb` over all sources together, and `val/<source>/loss`, `val/<source>/bpb`."""
+    """`val/loss` and `val/bpb` over all sources together, and `val/<source>/loss`, `val/<source>/bpb`.
+
+    Where no token was scored there is no loss, and without a byte of text no bits per byte: a 0 would be an untruth.
+    """
     total = Score(
         sum(s.nats for s in scores.values()),
         sum(s.tokens for s in scores.values()),
         sum(s.text_nats for s in scores.values()),
         sum(s.text_bytes for s in scores.values()),
     )
-    metrics = {"val/loss": total.loss, "val/bpb": total.bits_per_byte}
-    for source, score in scores.items():
-        metrics[f"val/{source}/loss"] = score.loss
-        metrics[f"val/{source}/bpb"] = score.bits_per_byte
+    metrics = {}
+    for name, score in {"val": total, **{f"val/{source}": score for source, score in scores.items()}}.items():
+        if score.tokens:
+            metrics[f"{name}/loss"] = score.loss
+        if score.text_bytes:
+            metrics[f"{name}/bpb"] = score.bits_per_byte
     return metrics

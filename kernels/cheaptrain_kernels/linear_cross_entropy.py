@@ -96,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight += gradient.T @ chunk
             del logits, gradient  # or they would still be there when the next chunk's logits are made
-        ctx.gradients = (grad_hidden, grad_weight)
+        ctx.gradients, ctx.chunk_tokens = (grad_hidden, grad_weight), chunk_tokens
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
@@ -105,8 +105,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None  # free them: a second backward through the same loss is an error, as with any saved tensor
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(grad_loss.to(grad_hidden.dtype))
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_loss.to(grad_weight.dtype))
+        for gradient in (grad_hidden, grad_weight):
+            if gradient is not None:
+                _scale(gradient, grad_loss, ctx.chunk_tokens)
         return grad_hidden, grad_weight, None, None
+
+
+def _scale(gradient: Tensor, factor: Tensor, chunk_rows: int) -> None:
+    """Multiply in place by the fp32 scalar `factor`, which is 1 / tokens of the batch.
+
+    Rounded to bf16 first, as a plain product would, it is off by up to 0.4 %, in one direction for every layer below.
+    """
+    if gradient.dtype.itemsize >= factor.dtype.itemsize:
+        gradient.mul_(factor.to(gradient.dtype))
+        return
+    for rows in gradient.split(chunk_rows):
+        rows.copy_(rows.to(factor.dtype).mul_(factor))
