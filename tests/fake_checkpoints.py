@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cheaptrain.train.checkpoint import CheckpointParts, ProofFailed, save_checkpoint
-from cheaptrain.train.paths import RunDirectory
-from cheaptrain.train.verify import Checkpoint, Report
+from cheaptrain.checkpoint.paths import RunDirectory
+from cheaptrain.checkpoint.verify import Checkpoint, Report
+from cheaptrain.checkpoint.write import CheckpointParts, ProofFailed, save_checkpoint
 
 LINEAGE = {"identity_sha256": "a" * 64, "inputs": {"tokenizer": "b" * 64}}
 

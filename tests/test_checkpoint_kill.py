@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import fake_checkpoints as fake
-from cheaptrain.train import checkpoint, rundir
-from cheaptrain.train.checkpoint import finish, prune
-from cheaptrain.train.jsonl import JsonLines, read_records
-from cheaptrain.train.paths import DELETING, WRITING
-from cheaptrain.train.rundir import open_run
-from cheaptrain.train.verify import newest_good, verify_checkpoint
+from cheaptrain.checkpoint import rundir, write
+from cheaptrain.checkpoint.write import finish, prune
+from cheaptrain.checkpoint.jsonl import JsonLines, read_records
+from cheaptrain.checkpoint.paths import DELETING, WRITING
+from cheaptrain.checkpoint.rundir import open_run
+from cheaptrain.checkpoint.verify import newest_good, verify_checkpoint
 
 STEPS, SIZE = 400, 20_000
 

@@ -19,11 +19,11 @@ import torch
 from fake_checkpoints import assert_is_step, names, parts, save, unexpected
 from safetensors.torch import save_file
 
+from cheaptrain.checkpoint.paths import RunDirectory
+from cheaptrain.checkpoint.state import rng_tensors
+from cheaptrain.checkpoint.verify import newest_good, verify_checkpoint
+from cheaptrain.checkpoint.write import ProofFailed, SaveFailed, finish, prune, save_checkpoint
 from cheaptrain.errors import CheaptrainError
-from cheaptrain.train.checkpoint import ProofFailed, SaveFailed, finish, prune, save_checkpoint
-from cheaptrain.train.paths import RunDirectory
-from cheaptrain.train.state import rng_tensors
-from cheaptrain.train.verify import newest_good, verify_checkpoint
 
 TESTS = Path(__file__).parent
 
@@ -82,7 +82,7 @@ def test_a_writer_that_pickles_stops_the_run(run: RunDirectory) -> None:
 
 
 def test_state_spread_over_several_files_comes_back_whole(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cheaptrain.train.state_files._BYTES_PER_FILE", 300)
+    monkeypatch.setattr("cheaptrain.checkpoint.state_files._BYTES_PER_FILE", 300)
     folder = save(run, 100)
     assert len(list((folder / "state").glob("*.safetensors"))) == 4
     assert_untouched(run)
@@ -105,7 +105,7 @@ def test_a_disk_error_costs_one_checkpoint_and_no_more(run: RunDirectory, part: 
     assert_untouched(run)
 
 
-@pytest.mark.parametrize("name", ["os.fsync", "os.rename", "cheaptrain.train.state_files.dcp.save"])
+@pytest.mark.parametrize("name", ["os.fsync", "os.rename", "cheaptrain.checkpoint.state_files.dcp.save"])
 def test_a_disk_error_behind_the_writers_back_costs_one_checkpoint(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -242,10 +242,10 @@ def test_a_disk_that_fills_at_any_point_of_a_save_leaves_the_old_one(small_disk:
 FILE_LIMIT = """
 import resource, sys
 from fake_checkpoints import save, assert_is_step, unexpected
-from cheaptrain.train.checkpoint import SaveFailed
-from cheaptrain.train.paths import RunDirectory
-from cheaptrain.train.state import rng_tensors
-from cheaptrain.train.verify import newest_good
+from cheaptrain.checkpoint.write import SaveFailed
+from cheaptrain.checkpoint.paths import RunDirectory
+from cheaptrain.checkpoint.state import rng_tensors
+from cheaptrain.checkpoint.verify import newest_good
 from pathlib import Path
 run = RunDirectory(Path(sys.argv[1]))
 save(run, 100, size=50_000)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cheaptrain.checkpoint.state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors
+from cheaptrain.checkpoint.state_files import read_state, write_state
 from cheaptrain.errors import PreflightError
-from cheaptrain.train.state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors
-from cheaptrain.train.state_files import read_state, write_state
 
 Build = Callable[[nn.Module], list[Optimizer]]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from fake_checkpoints import assert_is_step, save, unexpected
 
+from cheaptrain.checkpoint.paths import RunDirectory
+from cheaptrain.checkpoint.verify import listed_files, newest_good, seal, verify_checkpoint, verify_init_from
 from cheaptrain.errors import PreflightError
-from cheaptrain.train.paths import RunDirectory
-from cheaptrain.train.verify import listed_files, newest_good, seal, verify_checkpoint, verify_init_from
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import torch
 from accelerate import Accelerator
 from small_runs import prepare, read_lines, recipe_table, run_child, write_recipe, write_texts
 
+from cheaptrain.checkpoint.jsonl import JsonLines
 from cheaptrain.hardware import find_gpu
-from cheaptrain.train.jsonl import JsonLines
 from cheaptrain.train.metrics import Metrics
 from cheaptrain.train.validate import Score, validation_metrics
 

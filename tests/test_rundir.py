@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from fake_checkpoints import assert_is_step, names, parts, save, unexpected
 
+from cheaptrain.checkpoint.jsonl import JsonLines, read_records
+from cheaptrain.checkpoint.rundir import OpenedRun, open_run
+from cheaptrain.checkpoint.verify import Report
+from cheaptrain.checkpoint.write import finish, save_checkpoint
 from cheaptrain.errors import CheaptrainError, PreflightError
-from cheaptrain.train.checkpoint import finish, save_checkpoint
-from cheaptrain.train.jsonl import JsonLines, read_records
-from cheaptrain.train.rundir import OpenedRun, open_run
-from cheaptrain.train.verify import Report
 
 TESTS = Path(__file__).parent
 STEPS = 300
@@ -210,7 +210,7 @@ OTHER_PROCESS = """
 import sys
 from pathlib import Path
 from cheaptrain.errors import PreflightError
-from cheaptrain.train.rundir import open_run
+from cheaptrain.checkpoint.rundir import open_run
 try:
     open_run(Path(sys.argv[1]), recipe={}, provenance={}, identity={}, inputs={}, steps=1, report=print)
 except PreflightError as error:

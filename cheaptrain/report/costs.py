@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from cheaptrain.checkpoint.paths import RunDirectory
 from cheaptrain.hardware import Gpu
 from cheaptrain.recipe.resolve import ModelFacts, Resolved
 from cheaptrain.recipe.schema import Recipe
 from cheaptrain.report.sources import SourcePlan
-from cheaptrain.train.paths import RunDirectory
 from cheaptrain.train.space import checkpoint_bytes, checkpoints_at_once
 from cheaptrain.units import size
 

@@ -8,11 +8,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cheaptrain.checkpoint.write import unsafe_files
 from cheaptrain.data.tokenizer import TextTokenizer, open_tokenizer
 from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.recipe.identity import identity
 from cheaptrain.recipe.load import LoadedRecipe
-from cheaptrain.train.checkpoint import unsafe_files
 from cheaptrain.train.metrics import refuse_missing_trackers
 from cheaptrain.train.samples import check_prompts
 from cheaptrain.train.survey import Survey, written_in

@@ -18,6 +18,9 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.text import Text
 
+from cheaptrain.checkpoint.durable import sha256_of
+from cheaptrain.checkpoint.rundir import open_run
+from cheaptrain.checkpoint.verify import verify_init_from
 from cheaptrain.console import lasting_console
 from cheaptrain.data.manifest import verify_manifest
 from cheaptrain.errors import CheaptrainError, PreflightError, StoppedError
@@ -28,15 +31,12 @@ from cheaptrain.recipe.schema import Recipe
 from cheaptrain.report.plan import print_plan
 from cheaptrain.say import say
 from cheaptrain.train.beforehand import refuse_disorder, refuse_later_failures
-from cheaptrain.train.durable import sha256_of
 from cheaptrain.train.loop import train
 from cheaptrain.train.outcome import Outcome, outcome_of, print_outcomes
-from cheaptrain.train.rundir import open_run
 from cheaptrain.train.setup import refuse_without_space, set_up
 from cheaptrain.train.signals import StopRequest, stop_on_signals
 from cheaptrain.train.stage import Stage
 from cheaptrain.train.survey import Survey, survey_all
-from cheaptrain.train.verify import verify_init_from
 
 
 def run_chain(paths: Sequence[str], overrides: Sequence[str]) -> list[Outcome]:

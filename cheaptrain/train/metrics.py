@@ -12,9 +12,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from cheaptrain.checkpoint.jsonl import JsonLines
 from cheaptrain.errors import PreflightError
 from cheaptrain.recipe.schema import Log
-from cheaptrain.train.jsonl import JsonLines
 
 
 class Metrics:

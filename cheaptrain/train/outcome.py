@@ -9,9 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from cheaptrain.checkpoint.jsonl import read_records
+from cheaptrain.checkpoint.paths import RunDirectory
 from cheaptrain.say import say
-from cheaptrain.train.jsonl import read_records
-from cheaptrain.train.paths import RunDirectory
 from cheaptrain.train.survey import Survey
 from cheaptrain.units import duration, human
 

@@ -1,6 +1,6 @@
 """What goes into a checkpoint of a stage, and the proof that it is the live model.
 
-`checkpoint.py` knows how to write one safely; here is what. A save that fails for lack of space costs that checkpoint,
+`checkpoint/write.py` knows how to write one safely; here is what. A save that fails for lack of space costs that checkpoint,
 is counted, and training goes on; the last one of a run may not fail.
 """
 
@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
+from cheaptrain.checkpoint.state import optimizer_tensors, rng_tensors
+from cheaptrain.checkpoint.write import CheckpointParts, ProofFailed, SaveFailed, finish, prune, save_checkpoint
 from cheaptrain.data.tokenizer import load_tokenizer
 from cheaptrain.errors import CheaptrainError
 from cheaptrain.model.proof import plain_twin
 from cheaptrain.model.saving import load_saved, save_model
 from cheaptrain.recipe.schema import Tokenizer
 from cheaptrain.say import say
-from cheaptrain.train.checkpoint import CheckpointParts, ProofFailed, SaveFailed, finish, prune, save_checkpoint
 from cheaptrain.train.stage import Stage
-from cheaptrain.train.state import optimizer_tensors, rng_tensors
 
 
 def save(stage: Stage, *, final: bool) -> Path | None:

@@ -18,6 +18,9 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cheaptrain.checkpoint.jsonl import JsonLines
+from cheaptrain.checkpoint.rundir import OpenedRun
+from cheaptrain.checkpoint.state import load_optimizer_tensors, restore_rng
 from cheaptrain.data.loader import Loader, validation_batches
 from cheaptrain.data.open import open_stream
 from cheaptrain.data.rows import RowBatch
@@ -28,16 +31,13 @@ from cheaptrain.model.parts import decoder_layers
 from cheaptrain.model.proof import prove_documents_isolated, prove_head
 from cheaptrain.recipe.schema import Model
 from cheaptrain.say import say
-from cheaptrain.train.jsonl import JsonLines
 from cheaptrain.train.ledger import Ledger
 from cheaptrain.train.metrics import Metrics, start_trackers
 from cheaptrain.train.objective import Compute
 from cheaptrain.train.optim import build_optimizers
-from cheaptrain.train.rundir import OpenedRun
 from cheaptrain.train.signals import StopRequest
 from cheaptrain.train.space import checkpoint_bytes, checkpoints_at_once
 from cheaptrain.train.stage import Stage
-from cheaptrain.train.state import load_optimizer_tensors, restore_rng
 from cheaptrain.train.survey import Survey, mixture_order
 from cheaptrain.units import size
 

@@ -8,16 +8,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from cheaptrain.checkpoint.jsonl import JsonLines
+from cheaptrain.checkpoint.paths import RunDirectory
 from cheaptrain.data.loader import Loader
 from cheaptrain.data.rows import RowBatch
 from cheaptrain.data.tokenizer import TextTokenizer
 from cheaptrain.recipe.resolve import Resolved
 from cheaptrain.recipe.schema import Recipe
-from cheaptrain.train.jsonl import JsonLines
 from cheaptrain.train.ledger import Ledger
 from cheaptrain.train.metrics import Metrics
 from cheaptrain.train.objective import Compute
-from cheaptrain.train.paths import RunDirectory
 from cheaptrain.train.signals import StopRequest
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from rich.console import Console
 
+from cheaptrain.checkpoint.jsonl import read_records
 from cheaptrain.data.prepare import prepare_recipe
 from cheaptrain.recipe.load import LoadedRecipe, load_recipe
 from cheaptrain.train.chain import run_chain
-from cheaptrain.train.jsonl import read_records
 from cheaptrain.train.survey import survey
 
 ROOT = Path(__file__).parents[2]

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
+from cheaptrain.checkpoint.durable import fingerprint, sha256_of_all
+from cheaptrain.checkpoint.paths import RunDirectory, step_of
+from cheaptrain.checkpoint.state_files import read_state
 from cheaptrain.errors import PreflightError
-from cheaptrain.train.durable import fingerprint, sha256_of_all
-from cheaptrain.train.paths import RunDirectory, step_of
-from cheaptrain.train.state_files import read_state
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"

@@ -25,12 +25,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import cheaptrain
-from cheaptrain.errors import CheaptrainError
-from cheaptrain.train.durable import canonical_json, sha256_of_all, sync, sync_tree, write_json
-from cheaptrain.train.paths import DELETING, WRITING, RunDirectory
-from cheaptrain.train.state import restore_rng, rng_tensors
-from cheaptrain.train.state_files import write_state
-from cheaptrain.train.verify import (
+from cheaptrain.checkpoint.durable import canonical_json, sha256_of_all, sync, sync_tree, write_json
+from cheaptrain.checkpoint.paths import DELETING, WRITING, RunDirectory
+from cheaptrain.checkpoint.state import restore_rng, rng_tensors
+from cheaptrain.checkpoint.state_files import write_state
+from cheaptrain.checkpoint.verify import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
@@ -42,6 +41,7 @@ from cheaptrain.train.verify import (
     seal,
     verify_checkpoint,
 )
+from cheaptrain.errors import CheaptrainError
 
 _log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cheaptrain.checkpoint.durable import sync
 from cheaptrain.errors import CheaptrainError
-from cheaptrain.train.durable import sync
 
 _log = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from cheaptrain.checkpoint.durable import canonical_json, fingerprint, replace_json
+from cheaptrain.checkpoint.lock import RunLock
+from cheaptrain.checkpoint.paths import RunDirectory, step_of
+from cheaptrain.checkpoint.verify import Checkpoint, Report, newest_good, seal
+from cheaptrain.checkpoint.write import finish, set_aside
 from cheaptrain.errors import PreflightError
 from cheaptrain.recipe.identity import identity_difference
-from cheaptrain.train.checkpoint import finish, set_aside
-from cheaptrain.train.durable import canonical_json, fingerprint, replace_json
-from cheaptrain.train.lock import RunLock
-from cheaptrain.train.paths import RunDirectory, step_of
-from cheaptrain.train.verify import Checkpoint, Report, newest_good, seal
 
 FORMAT_VERSION = 1
 Decision = Literal["fresh", "resume", "done"]
