@@ -79,12 +79,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             index = target.clamp_min(0).unsqueeze(1)  # [chunk, 1]
             logits = functional.linear(chunk, compute_weight).float()  # [chunk, vocab]
             correct += ((logits.argmax(-1) == target) & supervised).sum()
-            log_normaliser = logits.logsumexp(-1)
-            loss += ((log_normaliser - logits.gather(1, index).squeeze(1)) * supervised).sum()
+            log_probabilities = functional.log_softmax(logits, -1)
+            del logits
+            loss -= (log_probabilities.gather(1, index).squeeze(1) * supervised).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            # softmax - one_hot, written over the logits; unsupervised rows become exactly zero.
-            gradient = logits.sub_(log_normaliser.unsqueeze(1)).exp_()
+            # softmax - one_hot, written over the log-probabilities; unsupervised rows become exactly zero.
+            gradient = log_probabilities.exp_()
             gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
             gradient.mul_(supervised.unsqueeze(1))
             gradient = gradient.to(hidden.dtype)
@@ -95,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(gradient.T, chunk)
                 else:
                     grad_weight += gradient.T @ chunk
-            del logits, gradient  # or they would still be there when the next chunk's logits are made
+            del log_probabilities, gradient  # or they would still be there when the next chunk's logits are made
         ctx.gradients, ctx.chunk_tokens = (grad_hidden, grad_weight), chunk_tokens
         ctx.mark_non_differentiable(correct)
         return loss, correct
