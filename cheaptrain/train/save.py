@@ -1,7 +1,7 @@
 """What goes into a checkpoint of a stage, and the proof that it is the live model.
 
-`checkpoint/write.py` knows how to write one safely; here is what. A save that fails for lack of space costs that checkpoint,
-is counted, and training goes on; the last one of a run may not fail.
+`checkpoint/write.py` knows how to write one safely; here is what. A save that fails for lack of space costs that
+checkpoint, is counted, and training goes on; the last one of a run may not fail.
 """
 
 import time
