@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cheaptrain.checkpoint.durable import sync
+from cheaptrain.durable import sync
 from cheaptrain.errors import CheaptrainError
 
 _log = logging.getLogger(__name__)

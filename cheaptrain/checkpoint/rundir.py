@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from cheaptrain.checkpoint.durable import canonical_json, fingerprint, replace_json
 from cheaptrain.checkpoint.lock import RunLock
 from cheaptrain.checkpoint.paths import RunDirectory, step_of
 from cheaptrain.checkpoint.verify import Checkpoint, Report, newest_good, seal
 from cheaptrain.checkpoint.write import finish, set_aside
+from cheaptrain.durable import canonical_json, fingerprint, replace_json
 from cheaptrain.errors import PreflightError
 from cheaptrain.recipe.identity import identity_difference
 

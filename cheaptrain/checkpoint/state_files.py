@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from cheaptrain.checkpoint.durable import write_json
+from cheaptrain.durable import write_json
 
 _BYTES_PER_FILE = 2**30
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from cheaptrain.checkpoint.durable import fingerprint, sha256_of_all
 from cheaptrain.checkpoint.paths import RunDirectory, step_of
 from cheaptrain.checkpoint.state_files import read_state
+from cheaptrain.durable import fingerprint, sha256_of_all
 from cheaptrain.errors import PreflightError
 
 MANIFEST = "manifest.json"

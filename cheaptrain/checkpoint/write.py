@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import cheaptrain
-from cheaptrain.checkpoint.durable import canonical_json, sha256_of_all, sync, sync_tree, write_json
 from cheaptrain.checkpoint.paths import DELETING, WRITING, RunDirectory
 from cheaptrain.checkpoint.state import restore_rng, rng_tensors
 from cheaptrain.checkpoint.state_files import write_state
@@ -41,6 +40,7 @@ from cheaptrain.checkpoint.verify import (
     seal,
     verify_checkpoint,
 )
+from cheaptrain.durable import canonical_json, sha256_of_all, sync, sync_tree, write_json
 from cheaptrain.errors import CheaptrainError
 
 _log = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cheaptrain.durable import sha256_of, sync
 from cheaptrain.errors import PreflightError
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -51,8 +52,7 @@ def digest(content: Any) -> str:
 def file_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file. Raises PreflightError when it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise PreflightError(cannot_read(path, error)) from error
 
@@ -79,16 +79,7 @@ def write_atomically(path: Path, content: bytes, owner: str = "") -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 class InputHashes:

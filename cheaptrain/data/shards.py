@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from cheaptrain.data.files import cannot_read, sync_directory, temporary_path
+from cheaptrain.data.files import cannot_read, temporary_path
+from cheaptrain.durable import sync
 from cheaptrain.errors import PreflightError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -64,7 +65,7 @@ class ShardWriter:
             _sync(file)
         for temporary, path in zip(self._temporary, self._paths, strict=True):
             os.replace(temporary, path)
-        sync_directory(self._paths[0].parent)
+        sync(self._paths[0].parent)
         return {
             self._paths[0].name: {"bytes": self.tokens * self._dtype.itemsize, "sha256": self._hash.hexdigest()},
             self._paths[1].name: {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},

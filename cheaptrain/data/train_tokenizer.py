@@ -22,11 +22,11 @@ from cheaptrain.data.files import (
     canonical_json,
     digest,
     file_sha256,
-    sync_directory,
     temporary_path,
     write_atomically,
 )
 from cheaptrain.data.sources import Bad, Plan, Unit, plan_source, read_documents, source_spec
+from cheaptrain.durable import sync
 from cheaptrain.errors import CheaptrainError, PreflightError
 from cheaptrain.recipe import schema
 from cheaptrain.say import say
@@ -191,4 +191,4 @@ def _save(tokenizer: Tokenizer, folder: Path, origin: dict[str, Any]) -> None:
         shutil.rmtree(temporary)
         if not (folder / "tokenizer.json").is_file():
             raise
-    sync_directory(folder.parent)
+    sync(folder.parent)

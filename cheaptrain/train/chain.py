@@ -18,11 +18,11 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.text import Text
 
-from cheaptrain.checkpoint.durable import sha256_of
 from cheaptrain.checkpoint.rundir import open_run
 from cheaptrain.checkpoint.verify import verify_init_from
 from cheaptrain.console import lasting_console
 from cheaptrain.data.manifest import verify_manifest
+from cheaptrain.durable import sha256_of
 from cheaptrain.errors import CheaptrainError, PreflightError, StoppedError
 from cheaptrain.model.hub import model_folder
 from cheaptrain.recipe.identity import identity
