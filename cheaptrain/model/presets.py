@@ -99,8 +99,6 @@ PRESETS: dict[str, Preset] = {
         "gpt2", {"n_layer": 12, "n_embd": 768, "n_head": 12} | _GPT2, _GPT2_SOURCE),
     "smollm2-135m": Preset(                                                      # 134,515,008 (49,152)
         "llama", _shape(30, 576, 9, 3, 64, 1536) | _SMOLLM2 | {"initializer_range": 1 / 24}, _SMOLLM2_SOURCE + "135M"),
-    "smollm2-360m": Preset(                                                      # 361,821,120 (49,152)
-        "llama", _shape(32, 960, 15, 5, 64, 2560) | _SMOLLM2 | {"initializer_range": 0.02}, _SMOLLM2_SOURCE + "360M"),
     "quickstart":  Preset("qwen3", _shape(4, 128, 4, 2, 32, 384) | _R1_COMMON, _OURS),
     "tiny-qwen3":  Preset("qwen3", _shape(2, 64, 4, 2, 16, 128) | _TINY, _OURS),
     "tiny-llama":  Preset("llama", _shape(2, 64, 4, 2, 16, 128) | _TINY, _OURS),
