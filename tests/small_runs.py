@@ -137,6 +137,22 @@ def run_child(work: Callable[[], None], log: Path, kill_after: float | None = No
     return os.waitstatus_to_exitcode(status)
 
 
+def train(*arguments: str) -> Callable[[], None]:
+    """Work for a child: what `launch/run.py` does with these recipes and overrides."""
+
+    def work() -> None:
+        from cheaptrain.train.chain import run_chain
+
+        run_chain([a for a in arguments if "=" not in a], [a for a in arguments if "=" in a])
+
+    return work
+
+
+def tail(log: Path) -> str:
+    """The end of a child's output."""
+    return log.read_text(encoding="utf-8")[-3000:]
+
+
 def train_with_spy(paths: list[str], spy: Path, overrides: tuple[str, ...] = ()) -> Callable[[], None]:
     """Work for a child: train, and note for each step the step number, its tokens, and a hash of what the model was
     fed."""

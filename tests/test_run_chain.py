@@ -20,6 +20,8 @@ from small_runs import (
     read_lines,
     recipe_table,
     run_child,
+    tail,
+    train,
     train_with_spy,
     write_recipe,
     write_texts,
@@ -44,21 +46,8 @@ def trained(folder: Path) -> tuple[str, str]:
     table["train"]["steps"] = 20
     table["samples"] = {"prompts": ["prose 1: the"], "max_new_tokens": 8, "temperature": 0.7}
     second = write_recipe(folder / "second.toml", table)
-    assert run_child(_train(first, second), folder / "trained.log") == 0, _tail(folder / "trained.log")
+    assert run_child(train(first, second), folder / "trained.log") == 0, tail(folder / "trained.log")
     return first, second
-
-
-def _train(*arguments: str) -> Callable[[], None]:
-    def work() -> None:
-        from cheaptrain.train.chain import run_chain
-
-        run_chain([a for a in arguments if "=" not in a], [a for a in arguments if "=" in a])
-
-    return work
-
-
-def _tail(log: Path) -> str:
-    return log.read_text(encoding="utf-8")[-3000:]
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -78,20 +67,20 @@ def test_second_phase_starts_from_the_weights_of_the_first(folder: Path, trained
 def test_finished_stages_are_skipped_and_not_a_byte_changes(folder: Path, trained: tuple[str, str]) -> None:
     before = _hashes(folder / "first") | _hashes(folder / "second")
     log = folder / "again.log"
-    assert run_child(_train(*trained), log) == 0, _tail(log)
+    assert run_child(train(*trained), log) == 0, tail(log)
     assert _hashes(folder / "first") | _hashes(folder / "second") == before
     assert log.read_text().count("done already") == 2
 
 
 def test_a_changed_recipe_is_refused_saying_what_changed(folder: Path, trained: tuple[str, str]) -> None:
     log = folder / "changed.log"
-    assert run_child(_train(trained[0], "train.lr=5e-3"), log) == 3
+    assert run_child(train(trained[0], "train.lr=5e-3"), log) == 3
     assert "train.lr: 0.003 -> 0.005 (command line)" in log.read_text()
 
 
 def test_operational_keys_may_change_on_a_finished_run(folder: Path, trained: tuple[str, str]) -> None:
     log = folder / "operational.log"
-    assert run_child(_train(trained[0], "log.every=7 steps", "train.micro_batch_size=4"), log) == 0, _tail(log)
+    assert run_child(train(trained[0], "log.every=7 steps", "train.micro_batch_size=4"), log) == 0, tail(log)
     assert "done already" in log.read_text()
 
 
@@ -117,7 +106,7 @@ def test_samples_and_validation_do_not_disturb_training(folder: Path, trained: t
     quiet["train"]["steps"] = 20
     quiet["validation"] = {"every": "20 steps", "tokens": 64}
     recipe = write_recipe(folder / "quiet.toml", quiet)
-    assert run_child(_train(recipe), folder / "quiet.log") == 0, _tail(folder / "quiet.log")
+    assert run_child(train(recipe), folder / "quiet.log") == 0, tail(folder / "quiet.log")
     ours, theirs = final_weights(folder / "quiet"), final_weights(folder / "second")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     samples = read_lines(folder / "second" / "samples.jsonl")
@@ -148,9 +137,9 @@ def test_a_disk_full_in_the_middle_of_a_save_costs_that_checkpoint_only(folder: 
                 assert good == ["step-000005", "step-000010"], good
 
         loop.save = save
-        _train(recipe)()
+        train(recipe)()
 
-    assert run_child(work, folder / "full.log") == 0, _tail(folder / "full.log")
+    assert run_child(work, folder / "full.log") == 0, tail(folder / "full.log")
     log = (folder / "full.log").read_text()
     assert log.count("training goes on") == 2
     failed = [
@@ -180,11 +169,11 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_can_be_repeate
             return plain(stage, final=final)
 
         loop.save = save
-        _train(recipe)()
+        train(recipe)()
 
     assert run_child(work, folder / "last.log") == 1
     assert not (folder / "last" / "final").exists()
-    assert run_child(_train(recipe), folder / "last.log") == 0, _tail(folder / "last.log")
+    assert run_child(train(recipe), folder / "last.log") == 0, tail(folder / "last.log")
     ours, theirs = final_weights(folder / "last"), final_weights(folder / "first")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -202,10 +191,10 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(pid, number)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75, _tail(log)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75, tail(log)
     done = len(read_lines(spy))
     assert done < 60 and (folder / name / "checkpoints" / f"step-{done:06d}").exists()
-    assert run_child(train_with_spy([recipe], spy), log) == 0, _tail(log)
+    assert run_child(train_with_spy([recipe], spy), log) == 0, tail(log)
     assert len(read_lines(spy)) == 60  # nothing was done twice
     ours, theirs = final_weights(folder / name), final_weights(folder / "first")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -231,7 +220,7 @@ def _poisoned(recipe: str, steps: tuple[int, ...]) -> Callable[[], None]:
             return plain(*arguments, **(rest | {"objective": poisoned}))
 
         loop.train_step = counted
-        _train(recipe)()
+        train(recipe)()
 
     return work
 
@@ -239,7 +228,7 @@ def _poisoned(recipe: str, steps: tuple[int, ...]) -> Callable[[], None]:
 def test_nan_stops_with_exit_4_and_keeps_the_last_checkpoint(folder: Path) -> None:
     recipe = write_recipe(folder / "nan.toml", recipe_table(folder, "nan"))
     assert run_child(_poisoned(recipe, (13,)), folder / "nan.log") == 4
-    assert "step 13" in _tail(folder / "nan.log")
+    assert "step 13" in tail(folder / "nan.log")
     assert sorted(p.name for p in (folder / "nan" / "checkpoints").iterdir()) == ["step-000005", "step-000010"]
 
 
@@ -247,7 +236,7 @@ def test_skipped_steps_are_counted_and_their_tokens_are_not_read_again(folder: P
     table = recipe_table(folder, "skip")
     table["train"] |= {"on_nonfinite": "skip", "max_skipped_steps": 3}
     recipe = write_recipe(folder / "skip.toml", table)
-    assert run_child(_poisoned(recipe, (7, 8, 20)), folder / "skip.log") == 0, _tail(folder / "skip.log")
+    assert run_child(_poisoned(recipe, (7, 8, 20)), folder / "skip.log") == 0, tail(folder / "skip.log")
     records = [r for r in read_lines(folder / "skip" / "metrics.jsonl") if "train/loss" in r]
     assert records[-1]["train/skipped_steps"] == 3 and records[-1]["train/tokens"] == 60 * 256
     assert [r["step"] for r in records if r["train/loss"] is None] == [7, 8, 20]
@@ -258,17 +247,17 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(folder: Path) -> None:
     table["train"] |= {"on_nonfinite": "skip", "max_skipped_steps": 3}
     recipe = write_recipe(folder / "skips.toml", table)
     assert run_child(_poisoned(recipe, (7, 8, 9)), folder / "skips.log") == 4
-    assert "3 skipped in a row" in _tail(folder / "skips.log")
+    assert "3 skipped in a row" in tail(folder / "skips.log")
 
 
 def test_a_second_process_on_the_same_run_is_refused(folder: Path) -> None:
     recipe = write_recipe(folder / "twice.toml", recipe_table(folder, "twice"))
-    pid = in_child(_train(recipe), folder / "twice-1.log")
+    pid = in_child(train(recipe), folder / "twice-1.log")
     deadline = time.monotonic() + 60
     while not (folder / "twice" / "recipe.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert run_child(_train(recipe), folder / "twice-2.log") == 3
+    assert run_child(train(recipe), folder / "twice-2.log") == 3
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     assert str(pid) in (folder / "twice-2.log").read_text()
@@ -282,8 +271,8 @@ def test_text_changed_after_prepare_is_refused_before_training(tmp_path: Path) -
     prepare(recipe)
     with (tmp_path / "notes.jsonl").open("a") as file:
         file.write('{"text": "one more line"}\n')
-    assert run_child(_train(recipe), tmp_path / "log") == 3
-    assert "notes.jsonl" in _tail(tmp_path / "log") and "cheaptrain prepare" in _tail(tmp_path / "log")
+    assert run_child(train(recipe), tmp_path / "log") == 3
+    assert "notes.jsonl" in tail(tmp_path / "log") and "cheaptrain prepare" in tail(tmp_path / "log")
     assert not (tmp_path / "run").exists()
 
 
@@ -297,8 +286,8 @@ def test_a_flipped_byte_in_a_shard_is_refused_before_training(tmp_path: Path) ->
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
-    assert run_child(_train(recipe), tmp_path / "log") == 3
-    assert shard.name in _tail(tmp_path / "log")
+    assert run_child(train(recipe), tmp_path / "log") == 3
+    assert shard.name in tail(tmp_path / "log")
 
 
 @pytest.mark.parametrize("optimizer, compile", [("muon", "off"), ("adamw", "layers")])
@@ -314,12 +303,12 @@ def test_other_optimizers_and_compiled_layers_learn_and_resume(folder: Path, opt
         }
         recipe = write_recipe(folder / f"{optimizer}-{name}.toml", table)
         log = folder / f"{optimizer}-{name}.log"
-        assert run_child(_train(recipe), log) == 0, _tail(log)
+        assert run_child(train(recipe), log) == 0, tail(log)
         run = Path(table["run"]["dir"])
         if name == "resumed":
             (run / "final").unlink()
             (run / "checkpoints" / "step-000010").rename(run / "checkpoints" / ".away")
-            assert run_child(_train(recipe), log) == 0, _tail(log)
+            assert run_child(train(recipe), log) == 0, tail(log)
         losses.append([r["train/loss"] for r in read_lines(run / "metrics.jsonl") if "train/loss" in r])
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0] - 0.5

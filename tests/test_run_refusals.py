@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import prepare, recipe_table, run_child, write_recipe, write_texts
+from small_runs import prepare, recipe_table, run_child, tail, train, write_recipe, write_texts
 from tokenizers import Tokenizer
 
 STEPS = 4
@@ -21,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_texts(path)
     recipe = write_recipe(path / "first.toml", _table(path, "first"))
     prepare(recipe)
-    assert run_child(_train(recipe), path / "first.log") == 0, _tail(path / "first.log")
+    assert run_child(train(recipe), path / "first.log") == 0, tail(path / "first.log")
     return path
 
 
@@ -32,34 +31,21 @@ def _table(folder: Path, run: str, **model: Any) -> dict[str, Any]:
     return table | ({"model": model} if model else {})
 
 
-def _train(*paths: str) -> Callable[[], None]:
-    def work() -> None:
-        from cheaptrain.train.chain import run_chain
-
-        run_chain(list(paths), [])
-
-    return work
-
-
-def _tail(log: Path) -> str:
-    return log.read_text(encoding="utf-8")[-3000:]
-
-
 def test_two_recipes_for_one_folder_are_refused_before_either_trains(folder: Path) -> None:
     table = _table(folder, "shared")
     one = write_recipe(folder / "one.toml", table)
     table["train"]["lr"] = 1e-3
     other = write_recipe(folder / "other.toml", table)
-    assert run_child(_train(one, other), folder / "shared.log") == 2
-    assert "one.toml" in _tail(folder / "shared.log") and "another run.dir" in _tail(folder / "shared.log")
+    assert run_child(train(one, other), folder / "shared.log") == 2
+    assert "one.toml" in tail(folder / "shared.log") and "another run.dir" in tail(folder / "shared.log")
     assert not (folder / "shared").exists()
 
 
 def test_a_stage_named_before_the_one_it_starts_from_is_told_the_order(folder: Path) -> None:
     early = write_recipe(folder / "early.toml", _table(folder, "early"))
     late = write_recipe(folder / "late.toml", _table(folder, "late", init_from=str(folder / "early" / "final")))
-    assert run_child(_train(late, early), folder / "order.log") == 2
-    assert f"name {early} first" in _tail(folder / "order.log")
+    assert run_child(train(late, early), folder / "order.log") == 2
+    assert f"name {early} first" in tail(folder / "order.log")
     assert not (folder / "early").exists()
 
 
@@ -68,10 +54,8 @@ def test_weights_trained_with_another_tokenizer_of_the_same_size_are_refused(fol
     table["tokenizer"]["train"]["sources"] = ["notes"]
     recipe = write_recipe(folder / "noise.toml", table)
     prepare(recipe)
-    assert run_child(_train(recipe), folder / "noise.log") == 2
-    assert "another tokenizer" in _tail(folder / "noise.log") and 'Set tokenizer.path = "' in _tail(
-        folder / "noise.log"
-    )
+    assert run_child(train(recipe), folder / "noise.log") == 2
+    assert "another tokenizer" in tail(folder / "noise.log") and 'Set tokenizer.path = "' in tail(folder / "noise.log")
     assert not (folder / "noise").exists()
 
 
@@ -86,7 +70,7 @@ def test_special_tokens_may_be_renamed_between_stages(folder: Path) -> None:
     table["tokenizer"] = {"path": str(renamed)}
     recipe = write_recipe(folder / "thinks.toml", table)
     prepare(recipe)
-    assert run_child(_train(recipe), folder / "thinks.log") == 0, _tail(folder / "thinks.log")
+    assert run_child(train(recipe), folder / "thinks.log") == 0, tail(folder / "thinks.log")
 
 
 def test_a_changed_config_json_is_not_taken_for_the_finished_run(folder: Path) -> None:
@@ -95,10 +79,10 @@ def test_a_changed_config_json_is_not_taken_for_the_finished_run(folder: Path) -
     config = json.loads((folder / "first" / "final" / "config.json").read_text())
     (shape / "config.json").write_text(json.dumps(config))
     recipe = write_recipe(folder / "shaped.toml", _table(folder, "shaped", config=str(shape)))
-    assert run_child(_train(recipe), folder / "shaped.log") == 0, _tail(folder / "shaped.log")
+    assert run_child(train(recipe), folder / "shaped.log") == 0, tail(folder / "shaped.log")
     (shape / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
-    assert run_child(_train(recipe), folder / "shaped.log") == 3
-    assert "input config: " in _tail(folder / "shaped.log")
+    assert run_child(train(recipe), folder / "shaped.log") == 3
+    assert "input config: " in tail(folder / "shaped.log")
 
 
 def test_a_tokenizer_that_no_checkpoint_could_carry_is_refused_before_the_first_step(folder: Path) -> None:
@@ -111,8 +95,8 @@ def test_a_tokenizer_that_no_checkpoint_could_carry_is_refused_before_the_first_
     table["tokenizer"] = {"path": str(folder / "first" / "final"), "end_of_text": word}
     recipe = write_recipe(folder / "word.toml", table)
     prepare(recipe)
-    assert run_child(_train(recipe), folder / "word.log") == 3
-    assert "tokenizer.end_of_text" in _tail(folder / "word.log")
+    assert run_child(train(recipe), folder / "word.log") == 3
+    assert "tokenizer.end_of_text" in tail(folder / "word.log")
     assert not (folder / "word").exists()
 
 
@@ -121,8 +105,8 @@ def test_prompts_of_the_second_stage_are_checked_before_the_first_trains(folder:
     table["samples"] = {"prompts": ["river " * 300]}
     quiet = write_recipe(folder / "quiet.toml", _table(folder, "quiet"))
     talks = write_recipe(folder / "talks.toml", table)
-    assert run_child(_train(quiet, talks), folder / "talks.log") == 3
-    assert "talks.toml: samples.prompts" in _tail(folder / "talks.log")
+    assert run_child(train(quiet, talks), folder / "talks.log") == 3
+    assert "talks.toml: samples.prompts" in tail(folder / "talks.log")
     assert not (folder / "quiet").exists()
 
 
@@ -130,7 +114,7 @@ def test_prompts_of_the_second_stage_are_checked_before_the_first_trains(folder:
 def test_what_the_launcher_asks_for_is_not_dropped_silently(folder: Path, name: str, value: str) -> None:
     def work() -> None:
         os.environ[name] = value
-        _train(str(folder / "first.toml"))()
+        train(str(folder / "first.toml"))()
 
     assert run_child(work, folder / f"{name}.log") == 3
-    assert f"{name} = {value}" in _tail(folder / f"{name}.log")
+    assert f"{name} = {value}" in tail(folder / f"{name}.log")

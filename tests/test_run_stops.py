@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import in_child, prepare, read_lines, recipe_table, run_child, write_recipe, write_texts
+from small_runs import in_child, prepare, read_lines, recipe_table, run_child, tail, train, write_recipe, write_texts
 
 from cheaptrain.train.signals import ECHO_SECONDS, stop_on_signals
 
@@ -28,15 +28,6 @@ def _recipe(folder: Path, run: str, **model: Any) -> str:
     table = recipe_table(folder, run)
     table["train"] |= {"steps": 10}
     return write_recipe(folder / f"{run}.toml", table | ({"model": model} if model else {}))
-
-
-def _train(*paths: str) -> Callable[[], None]:
-    def work() -> None:
-        from cheaptrain.train.chain import run_chain
-
-        run_chain(list(paths), [])
-
-    return work
 
 
 def _stopped(module: str, function: str, call: int, *paths: str) -> Callable[[], None]:
@@ -56,13 +47,9 @@ def _stopped(module: str, function: str, call: int, *paths: str) -> Callable[[],
             return plain(*arguments, **rest)
 
         setattr(where, function, interrupted)
-        _train(*paths)()
+        train(*paths)()
 
     return work
-
-
-def _tail(log: Path) -> str:
-    return log.read_text(encoding="utf-8")[-3000:]
 
 
 def _steps(run: Path) -> list[str]:
@@ -73,15 +60,15 @@ def test_a_stop_at_a_step_that_was_just_saved_does_not_save_it_again(folder: Pat
     recipe, log = _recipe(folder, "once"), folder / "once.log"
     assert run_child(_stopped("loop", "train_step", 5, recipe), log) == 75
     saves = [r for r in read_lines(folder / "once" / "metrics.jsonl") if "checkpoint/seconds" in r]
-    assert [record["step"] for record in saves] == [5] and "already there" not in _tail(log)
-    assert run_child(_train(recipe), log) == 0, _tail(log)
-    assert "from step 5" in _tail(log)  # the time in the table is not that of the whole run
+    assert [record["step"] for record in saves] == [5] and "already there" not in tail(log)
+    assert run_child(train(recipe), log) == 0, tail(log)
+    assert "from step 5" in tail(log)  # the time in the table is not that of the whole run
 
 
 def test_a_stop_during_set_up_trains_nothing_and_says_so(folder: Path) -> None:
     recipe, log = _recipe(folder, "early"), folder / "early.log"
     assert run_child(_stopped("chain", "set_up", 1, recipe), log) == 75
-    assert _steps(folder / "early") == [] and "nothing is saved yet" in _tail(log)
+    assert _steps(folder / "early") == [] and "nothing is saved yet" in tail(log)
 
 
 def test_a_stop_in_the_last_save_of_a_stage_does_not_begin_the_next(folder: Path) -> None:
@@ -100,7 +87,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(folder: Path) -> None:
         os.close(reader)
         os.dup2(writer, 1)
         os.dup2(writer, 2)
-        _train(recipe)()
+        train(recipe)()
 
     assert run_child(work, folder / "unread.log") == 0
     assert _steps(folder / "unread") == ["step-000005", "step-000010"]
@@ -148,14 +135,14 @@ def _wait_under(signals: list[tuple[float, int]], ignored: int | None = None) ->
 def test_one_request_delivered_twice_is_one_and_a_second_request_ends_at_once(
     tmp_path: Path, signals: list[tuple[float, int]], code: int
 ) -> None:
-    assert run_child(_wait_under(signals), tmp_path / "log") == code, _tail(tmp_path / "log")
+    assert run_child(_wait_under(signals), tmp_path / "log") == code, tail(tmp_path / "log")
     if code == 0:
-        assert f"asked by {signal.Signals(signals[0][1]).name}" in _tail(tmp_path / "log")
+        assert f"asked by {signal.Signals(signals[0][1]).name}" in tail(tmp_path / "log")
 
 
 def test_a_run_under_nohup_outlives_the_terminal(tmp_path: Path) -> None:
     assert run_child(_wait_under([(0, signal.SIGHUP)], ignored=signal.SIGHUP), tmp_path / "log") == 0
-    assert "asked by None" in _tail(tmp_path / "log")
+    assert "asked by None" in tail(tmp_path / "log")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
@@ -180,8 +167,8 @@ def test_a_killed_launcher_leaves_no_process_training_unseen(tmp_path: Path) -> 
 def test_a_signal_in_validation_loses_nothing(folder: Path) -> None:
     recipe, log = _recipe(folder, "validating"), folder / "validating.log"
     pid = in_child(_stopped("loop", "validate", 1, recipe), log)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75, _tail(log)
-    assert run_child(_train(recipe), log) == 0, _tail(log)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75, tail(log)
+    assert run_child(train(recipe), log) == 0, tail(log)
     losses = [r["step"] for r in read_lines(folder / "validating" / "metrics.jsonl") if "train/loss" in r]
     assert losses == list(range(1, 11))
     assert json.loads((folder / "validating" / "final" / "manifest.json").read_text())["step"] == 10

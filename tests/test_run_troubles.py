@@ -5,14 +5,13 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from small_runs import prepare, read_lines, recipe_table, run_child, write_recipe, write_texts
+from small_runs import prepare, read_lines, recipe_table, run_child, tail, train, write_recipe, write_texts
 
 from cheaptrain.checkpoint.jsonl import JsonLines
 from cheaptrain.hardware import find_gpu
@@ -34,26 +33,13 @@ def _table(folder: Path, run: str) -> dict[str, Any]:
     return table
 
 
-def _train(*paths: str) -> Callable[[], None]:
-    def work() -> None:
-        from cheaptrain.train.chain import run_chain
-
-        run_chain(list(paths), [])
-
-    return work
-
-
-def _tail(log: Path) -> str:
-    return log.read_text(encoding="utf-8")[-3000:]
-
-
 def test_validation_on_no_tokens_reports_no_loss_of_zero(folder: Path) -> None:
     table = _table(folder, "unscored")
     table["validation"] = {"tokens": 0}
     log = folder / "unscored.log"
-    assert run_child(_train(write_recipe(folder / "unscored.toml", table)), log) == 0, _tail(log)
+    assert run_child(train(write_recipe(folder / "unscored.toml", table)), log) == 0, tail(log)
     assert not any(key.startswith("val/") for r in read_lines(folder / "unscored" / "metrics.jsonl") for key in r)
-    assert "validation loss" not in _tail(log).split("What was trained")[0]
+    assert "validation loss" not in tail(log).split("What was trained")[0]
 
 
 def test_sources_without_text_have_no_bits_per_byte_of_zero() -> None:
@@ -65,11 +51,11 @@ def test_sources_without_text_have_no_bits_per_byte_of_zero() -> None:
 
 def test_damaged_metrics_of_a_finished_run_do_not_end_the_launch(folder: Path) -> None:
     recipe, log = write_recipe(folder / "damaged.toml", _table(folder, "damaged")), folder / "damaged.log"
-    assert run_child(_train(recipe), log) == 0, _tail(log)
+    assert run_child(train(recipe), log) == 0, tail(log)
     with (folder / "damaged" / "metrics.jsonl").open("ab") as file:
         file.write(b"\0\0\0\xff\n")
-    assert run_child(_train(recipe), log) == 0, _tail(log)
-    assert "done already" in _tail(log) and "1 broken line left out" in _tail(log)
+    assert run_child(train(recipe), log) == 0, tail(log)
+    assert "done already" in tail(log) and "1 broken line left out" in tail(log)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -89,10 +75,10 @@ def test_metrics_that_the_disk_does_not_take_for_a_while_cost_no_training(folder
             return plain(self)
 
         JsonLines._flush = flush  # type: ignore[method-assign]
-        _train(recipe)()
+        train(recipe)()
 
-    assert run_child(work, log) == (75 if stopped else 0), _tail(log)  # not the exit code of the lines lost
-    assert "No space left on device" in _tail(log)
+    assert run_child(work, log) == (75 if stopped else 0), tail(log)  # not the exit code of the lines lost
+    assert "No space left on device" in tail(log)
     if not stopped:
         steps = [r["step"] for r in read_lines(folder / name / "metrics.jsonl") if "train/loss" in r]
         assert steps == list(range(1, 11))
@@ -108,10 +94,10 @@ def test_out_of_memory_names_the_settings_that_help(folder: Path) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
         loop.train_step = exhausted
-        _train(recipe)()
+        train(recipe)()
 
     assert run_child(work, log) == 1
-    assert "train.micro_batch_size (now 2)" in _tail(log) and "Traceback" not in _tail(log)
+    assert "train.micro_batch_size (now 2)" in tail(log) and "Traceback" not in tail(log)
 
 
 def test_one_tracker_that_fails_does_not_silence_the_others(tmp_path: Path) -> None:
@@ -153,10 +139,10 @@ def test_a_saved_model_that_would_not_stop_where_the_live_one_does_is_not_proven
             (target / file).write_text(json.dumps(content | {"eos_token_id": 7}))
 
         save.save_model = wrong
-        _train(recipe)()
+        train(recipe)()
 
     assert run_child(work, log) == 1
-    assert "eos_token_id" in _tail(log) and not list((folder / file / "checkpoints").iterdir())
+    assert "eos_token_id" in tail(log) and not list((folder / file / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(
