@@ -32,11 +32,15 @@ def streams(tmp_path: Path) -> list[TokenStream]:
 
 
 def loader_of(
-    streams: list[TokenStream], world_size: int = 1, rank: int = 0, micro_batch_size: int = 1, rows_per_step: int = 12
+    streams: list[TokenStream],
+    data_parallel: int = 1,
+    rank: int = 0,
+    micro_batch_size: int = 1,
+    rows_per_step: int = 12,
 ) -> Loader:
     rows = {name: (stream.tokens - 1) // SEQ_LEN for name, stream in zip(WEIGHTS, streams, strict=True)}
     order = MixtureOrder(3, WEIGHTS, rows)
-    return Loader(order, streams, SEQ_LEN, rows_per_step, micro_batch_size, rank, world_size, document_mask=True)
+    return Loader(order, streams, SEQ_LEN, rows_per_step, micro_batch_size, rank, data_parallel, document_mask=True)
 
 
 def rows_read(batches: list[RowBatch]) -> list[tuple[int, int]]:
@@ -97,7 +101,7 @@ def test_tokens_read_differ_from_tokens_counted(streams: list[TokenStream], monk
 
 
 def test_prefetching_changes_what_is_read(streams: list[TokenStream]) -> None:
-    loader = loader_of(streams, world_size=2, rank=1, micro_batch_size=3)
+    loader = loader_of(streams, data_parallel=2, rank=1, micro_batch_size=3)
     for ahead in (0, 1, 2, 50):
         steps = list(loader.prefetch(36, 5, ahead=ahead))
         assert [rows_read(batches) for batches in steps] == [rows_read(loader.step(36 + 12 * k)) for k in range(5)]
@@ -180,17 +184,17 @@ def test_reader_runs_far_ahead_and_fills_the_memory(
 @pytest.mark.parametrize(
     ("rows", "micro", "world", "remedy"),
     [
-        (42, 6, 2, r"42 rows a step do not divide over 2 processes x micro_batch_size 6: use train.micro_batch_size 3, "
-                   r"or 1 processes, or .* multiple of 12 rows"),
+        (42, 6, 2, r"42 rows a step do not divide over 2 data-parallel groups x micro_batch_size 6: use "
+                   r"train.micro_batch_size 3, or 1 data-parallel group, or .* multiple of 12 rows"),
         (43, 6, 4, "multiple of 24 rows"),
-        (512, 1, 6, "use 4 processes"),
+        (512, 1, 6, "use 4 data-parallel groups"),
     ],
 )  # fmt: skip
 def test_step_that_does_not_divide_drops_rows(
     streams: list[TokenStream], rows: int, micro: int, world: int, remedy: str
 ) -> None:
     with pytest.raises(RecipeError, match=remedy):
-        loader_of(streams, world_size=world, micro_batch_size=micro, rows_per_step=rows)
+        loader_of(streams, data_parallel=world, micro_batch_size=micro, rows_per_step=rows)
 
 
 def test_order_made_for_other_streams_is_used(streams: list[TokenStream]) -> None:
@@ -230,6 +234,53 @@ def test_validation_loses_tokens_or_counts_padding(
                 assert batch.position_ids[row, counted:].tolist() == list(range(seq_len - counted))
 
 
+@pytest.mark.parametrize("data_parallel", [1, 2, 3, 4, 7, 16])
+@pytest.mark.parametrize(("seq_len", "max_tokens"), [(4, 10_000), (4, 24), (7, 5), (3, 1)])
+def test_validation_on_more_processes_hangs_or_scores_other_tokens(
+    tmp_path: Path, data_parallel: int, seq_len: int, max_tokens: int
+) -> None:
+    stream = stream_of(tmp_path, numbered([6, 1, 9, 4, 11]))
+    alone = list(validation_batches(stream, seq_len, 2, max_tokens, True))
+    ranks = [
+        list(validation_batches(stream, seq_len, 2, max_tokens, True, rank, data_parallel))
+        for rank in range(data_parallel)
+    ]
+    # Sharded models run forward together: a rank with a batch more would wait for ever.
+    assert {len(batches) for batches in ranks} == {-(-len(alone) // data_parallel)}
+    together = [batch for turn in zip(*ranks, strict=True) for batch in turn]
+    for batch, other in zip(alone, together, strict=False):
+        for name in ("input_ids", "labels", "position_ids", "document_ids"):
+            assert torch.equal(getattr(batch, name), getattr(other, name))
+    assert [batch.supervised for batch in together[len(alone) :]] == [0] * (len(together) - len(alone))
+    assert all((batch.labels == -100).all() for batch in together[len(alone) :])
+    assert sum(batch.supervised for batch in together) == sum(batch.supervised for batch in alone) > 0
+
+    # A stand-in for a model: a loss of each target that depends on its input and its position.
+    torch.manual_seed(1)
+    table = torch.randn(64, 64)
+
+    def nats(batches: list[RowBatch]) -> float:
+        sums = [
+            torch.nn.functional.cross_entropy(
+                (table[batch.input_ids] * (1 + batch.position_ids[..., None])).flatten(0, 1),
+                batch.labels.flatten(),
+                reduction="sum",
+            )
+            for batch in batches
+        ]
+        return float(sum(part.double() for part in sums))
+
+    assert sum(nats(batches) for batches in ranks) == pytest.approx(nats(alone), rel=1e-6)
+
+
 def test_validation_of_a_stream_without_a_target_fails(tmp_path: Path) -> None:
     assert list(validation_batches(stream_of(tmp_path, [[7]]), 4, 2, 100, True)) == []
     assert list(validation_batches(TokenStream([]), 4, 2, 100, True)) == []
+    # Documents of one token: every target would be the first token of another document.
+    lonely = stream_of(tmp_path, [[7], [8], [9]], name="lonely")
+    for rank in range(3):
+        assert list(validation_batches(lonely, 4, 2, 100, True, rank, 3)) == []
+        assert len(list(validation_batches(lonely, 4, 2, 100, False, rank, 3))) == 1
+    begun = stream_of(tmp_path, [[7], [8], [9, 10]], name="begun")
+    assert list(validation_batches(begun, 4, 2, 2, True)) == [], "the first two targets start documents"
+    assert [batch.supervised for batch in validation_batches(begun, 4, 2, 3, True)] == [1]

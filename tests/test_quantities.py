@@ -1,10 +1,14 @@
-"""Amounts and spans mean what they say, exactly."""
+"""Amounts, times and spans mean what they say, exactly."""
+
+import re
+from datetime import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
-from cheaptrain.recipe.quantities import Span, parse_bytes, parse_count, parse_every, parse_span
+from cheaptrain.recipe.quantities import Seconds, Span, parse_bytes, parse_count, parse_every, parse_seconds, parse_span
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,70 @@ def test_a_million_bytes_is_not_a_mebibyte() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        (5400, 5400.0),
+        (0.5, 0.5),
+        ("90s", 90.0),
+        ("90 sec", 90.0),
+        ("5m", 300.0),
+        ("90min", 5400.0),
+        ("1.5h", 5400.0),
+        ("23h 45min", 85_500.0),
+        (" 1d 2h3min 4.5s ", 93_784.5),
+        ("45min 23h", 85_500.0),
+        ("36500d", 36_500 * 86_400.0),
+    ],
+)
+def test_times_are_in_seconds(text: object, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+    assert isinstance(parse_seconds(text), float)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(
+            "",
+            " ",
+            "5400",
+            "h",
+            "1h30",
+            "1 hour",
+            "1hr",
+            "-1h",
+            "1,5h",
+            "1e3s",
+            "1_000s",
+            "23:45:00",
+            "1h, 30min",
+            "1h\0",
+        ),
+        *("1h 2h", "5m 3min", "1s 1sec"),  # which of the two?
+        *("0s", "0h 0min", 0, 0.0, -1, -0.5, "36501d", "9" * 400 + "s", 10**400, 1e300),
+        *(True, None, [1], {}, float("nan"), float("inf"), float("-inf"), time(23, 45), "1h" * 10_000, "٣h", "inf s"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_what_is_no_time_is_refused_or_taken_for_another(wrong: object) -> None:
+    with pytest.raises(ValueError, match="90min"):
+        parse_seconds(wrong)
+
+
+@settings(deadline=None)
+@given(st.text("0123456789.dhmins ", max_size=12))
+def test_a_time_that_editors_accept_is_one_that_is_read(text: str) -> None:
+    """The schema's pattern and the parser take the same texts, but for what only the parser can see."""
+    try:
+        parse_seconds(text)
+        read = True
+    except ValueError as error:
+        read = "above 0" in str(error) or "twice" in str(error)
+    pattern = TypeAdapter(Seconds).json_schema()["anyOf"][1]["pattern"]
+    assert read == bool(re.search(pattern, text))
+
+
+@pytest.mark.parametrize(
     ("text", "span"),
     [
         ("2000 steps", Span(2000, "steps")),
@@ -79,6 +147,7 @@ def test_how_often_cannot_be_never() -> None:
         parse_every("0%")
 
 
+@settings(deadline=None)
 @given(st.floats(min_value=0.0001, max_value=100) | st.integers(0, 100))
 def test_a_share_survives_being_written_and_read(percent: float) -> None:
     span = parse_span(f"{percent!r}%") if percent >= 0.0001 else parse_span(0)
@@ -86,6 +155,7 @@ def test_a_share_survives_being_written_and_read(percent: float) -> None:
     assert span.amount == percent
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**62), st.sampled_from(["steps", "tokens"]))
 def test_a_span_survives_being_written_and_read(amount: int, unit: str) -> None:
     assert parse_span(str(parse_span(f"{amount} {unit}"))) == parse_span(f"{amount} {unit}")

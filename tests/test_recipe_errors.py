@@ -98,6 +98,17 @@ def test_every_mistake_at_once() -> None:
         ),
         ('preset = "tiny"', 'preset = "tiny"\noverrides = { a = 1979-05-27 }', "model.overrides.a", "recipe.json"),
         ('preset = "tiny"', 'preset = "tiny"\noverrides = { a = nan }', "model.overrides.a", "recipe.json"),
+        ("[train]", "[parallel]\ntp = 0\n[train]", "parallel.tp", "must be 1 or more, not 0"),
+        ("[train]", "[parallel]\ndp_shard = 0\n[train]", "parallel.dp_shard", "must be 1 or more, not 0"),
+        ("[train]", '[parallel]\ndp_shard = "4"\n[train]', "parallel.dp_shard", 'a whole number or "auto", not "4"'),
+        ("[train]", '[parallel]\ndp_shard = "aut"\n[train]', "parallel.dp_shard", "did you mean auto?"),
+        (
+            "[train]",
+            '[parallel]\nstep_timeout = "5"\n[train]',
+            "parallel.step_timeout",
+            "'5' is not a time; write 5400",
+        ),
+        ('dir = "outputs/x"', 'dir = "x"\nmax_time = 23:45:00', "run.max_time", "23:45:00 is not a time"),
     ],
 )
 def test_a_wrong_value_says_what_is_expected(old: str, new: str, key: str, said: str) -> None:
@@ -210,6 +221,29 @@ def test_every_foreign_name_is_foreign_and_points_at_a_key(foreign: str) -> None
 
 def _named(hint: str, table: str) -> list[str]:
     return [word.strip(",;:()") for word in hint.split() if word.startswith(f"{table}.")]
+
+
+@pytest.mark.parametrize(
+    ("written", "ours"),
+    [
+        ("tensor_parallel_size = 2", "use parallel.tp"),
+        ("context_parallel_size = 2", "use parallel.cp"),
+        ("data_parallel_shard_degree = -1", "use parallel.dp_shard"),
+        ("data_parallel_replicate_degree = 2", "use parallel.dp_replicate"),
+        ("fsdp = true", "use parallel.dp_shard"),
+        ("num_processes = 8", "cheaptrain launch --processes"),
+        ("num_nodes = 2", "cheaptrain launch --nodes"),
+        ("gradient_accumulation_steps = 4", "use train.global_batch_tokens"),
+        ("async_save = true", "use checkpoint.asynchronous"),
+        ('time_limit = "1d"', "use run.max_time"),
+        ("[parallelism]\ntensor_parallel_degree = 2", "use [parallel]"),
+        ('[environment]\nNCCL_DEBUG = "INFO"', "use [env]"),
+    ],
+)
+def test_who_comes_with_many_processes_finds_no_name_of_theirs(written: str, ours: str) -> None:
+    assert any(
+        ours in problem for problem in problems(f"{written}\n{MINIMAL}" if "[" not in written else MINIMAL + written)
+    )
 
 
 def test_at_least_sixty_foreign_names() -> None:

@@ -14,9 +14,21 @@ from cheaptrain.recipe.errors import RecipeProblems
 from cheaptrain.recipe.keys import keys
 from cheaptrain.recipe.load import load_recipe
 
-NAMES = st.sampled_from(sorted({key.leaf for key in keys().values()} | {"lrr", "a.b", "", "learning_rate", "optim"}))
+TEXT = (
+    MINIMAL
+    + """
+[parallel]
+dp_shard = 4
+step_timeout = "5min"
+[env]
+NCCL_IB_DISABLE = "1"
+"""
+)
+NAMES = st.sampled_from(
+    sorted({key.leaf for key in keys().values()} | {"lrr", "a.b", "", "learning_rate", "optim", "NCCL_DEBUG", "RANK"})
+)
 SCALARS = st.sampled_from(
-    [0, 1, -1, 2**70, 0.5, float("inf"), True, "", "x", "1%", "10B", "${env:NO_SUCH}", "~", "unset"]
+    [0, 1, -1, 2**70, 10**400, 0.5, float("inf"), True, "", "x", "1%", "10B", "2h", "${env:NO_SUCH}", "~", "unset"]
 )
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3), max_leaves=5
@@ -66,7 +78,7 @@ def outcome(path: Path, *overrides: str) -> None:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_broken_recipe_never_ends_in_a_traceback(tmp_path: Path, data: st.DataObject) -> None:
-    base, child = copy.deepcopy(tomli.loads(MINIMAL)), data.draw(st.dictionaries(NAMES, VALUES, max_size=3))
+    base, child = copy.deepcopy(tomli.loads(TEXT)), data.draw(st.dictionaries(NAMES, VALUES, max_size=3))
     for _ in range(data.draw(st.integers(0, 4))):
         if places(base)[1:]:
             change(data.draw, base)
@@ -82,10 +94,11 @@ def test_a_broken_recipe_never_ends_in_a_traceback(tmp_path: Path, data: st.Data
 @given(parts=st.lists(NAMES | st.sampled_from(["wiki", "web"]), max_size=4), value=SCALARS | VALUES)
 def test_a_broken_override_never_ends_in_a_traceback(tmp_path: Path, parts: list[str], value: Any) -> None:
     path = tmp_path / "recipe.toml"
-    path.write_text(MINIMAL)
+    path.write_text(TEXT)
     text = value if isinstance(value, str) else toml(value)
     outcome(path, f"{'.'.join(parts)}={text}")
     outcome(path, f"data.sources.wiki.{'.'.join(parts)}={text}")
+    outcome(path, f"env.{'.'.join(parts)}={text}", f"parallel.{'.'.join(parts)}={text}")
 
 
 @pytest.mark.parametrize(

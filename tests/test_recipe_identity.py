@@ -28,6 +28,13 @@ def test_how_an_amount_is_written_does_not_make_another_run(tmp_path: Path) -> N
         "validation.tokens=5",
         'samples.prompts=["x"]',
         "plan.gpus=8",
+        "parallel.tp=2",
+        "parallel.dp_shard=4",
+        "parallel.start_timeout=1h",
+        "run.max_time=1h",
+        "run.allow_batch_change=true",
+        "checkpoint.asynchronous=false",
+        "env.NCCL_IB_DISABLE=1",
     ],
 )
 def test_how_it_is_run_does_not_make_another_run(tmp_path: Path, override: str) -> None:
@@ -47,6 +54,7 @@ def test_how_it_is_run_does_not_make_another_run(tmp_path: Path, override: str) 
         ("data.sources.wiki.revision=abc", 'data.sources.wiki.revision: not set -> "abc"'),
         ("model.overrides.x=1", "model.overrides.x: not set -> 1"),
         ("data.seq_len=128", "data.seq_len: 64 -> 128"),
+        ("train.global_batch_tokens=2048", "train.global_batch_tokens: 1024 -> 2048"),
     ],
 )
 def test_what_it_is_makes_another_run_and_is_named(tmp_path: Path, override: str, line: str) -> None:

@@ -23,20 +23,21 @@ def _fields() -> dict[str, type[schema.Section]]:
     return {f"{kind.__name__}.{name}": kind for kind in sections for name in kind.model_fields}
 
 
-def _spied(paths: list[str], note: Path) -> Any:
-    """Work for a child: plan, inspect and train the recipes, noting every key that is read after the recipe is
-    loaded."""
+def _spied(paths: list[str], again: str, note: Path) -> Any:
+    """Work for a child: plan, inspect and train the recipes, then `again`, which changes the batch of a finished one,
+    noting every key that is read after the recipe is loaded."""
 
     def work() -> None:
         from rich.console import Console
 
+        from cheaptrain.launching import recipe_environment
         from cheaptrain.recipe import load
         from cheaptrain.report.inspect import print_rows
         from cheaptrain.report.plan import print_plans
         from cheaptrain.train import chain
 
         console = Console()
-        loaded = [load.load_recipe(path) for path in paths]
+        loaded = [load.load_recipe(path) for path in [*paths, again]]
         read: set[str] = set()
         plain = schema.Section.__getattribute__
 
@@ -49,10 +50,12 @@ def _spied(paths: list[str], note: Path) -> Any:
         chain.load_recipe = lambda path, overrides: next(recipe for recipe in loaded if str(recipe.path) == path)
         chain.identity = _unseen(chain.identity, plain, spy)
         schema.Section.__getattribute__ = spy  # type: ignore[method-assign]
-        print_plans(loaded, console)
+        recipe_environment(loaded)  # what launch/run.py asks before anything else
+        print_plans(loaded[:-1], console)
         for recipe in loaded:
             print_rows(recipe, console, first_row=0, count=1)
         chain.run_chain(paths, ())
+        chain.run_chain([again], ())
         schema.Section.__getattribute__ = plain  # type: ignore[method-assign]
         note.write_text("\n".join(sorted(read)))
 
@@ -73,8 +76,9 @@ def _unseen(function: Any, plain: Any, spy: Any) -> Any:
 def test_every_recipe_key_is_read_by_something(tmp_path: Path) -> None:
     write_texts(tmp_path, documents=200)
     paths = []
+    plain = {"train": {"steps": None, "tokens": 1024}, "env": {"CHEAP": "1"}}
     for name, changes in {
-        "plain": {"train": {"steps": None, "tokens": 1024}},
+        "plain": plain,
         "muon": {
             "train": {"optimizer": "muon", "muon_lr": 0.01, "muon_momentum": 0.9, "schedule": "wsd", "decay": "50%"},
             "samples": {"prompts": ["notes 1:"], "max_new_tokens": 2, "temperature": 0.5},
@@ -85,6 +89,10 @@ def test_every_recipe_key_is_read_by_something(tmp_path: Path) -> None:
         "flops": {"train": {"steps": None, "flops": 1e9}, "plan": {"gpu": "H200"}},
         "ratio": {"train": {"steps": None, "tokens_per_parameter": 0.01}},
         "second": {"model": {"preset": None, "init_from": str(tmp_path / "plain" / "final")}},
+        "again": {
+            "run": {"dir": str(tmp_path / "plain"), "allow_batch_change": True},
+            "train": plain["train"] | {"global_batch_tokens": 512},
+        },
     }.items():
         table = recipe_table(tmp_path, name)
         table["train"]["steps"] = 4
@@ -95,7 +103,7 @@ def test_every_recipe_key_is_read_by_something(tmp_path: Path) -> None:
         paths.append(write_recipe(tmp_path / f"{name}.toml", table))
     prepare(paths[0])
     log, note = tmp_path / "log", tmp_path / "read"
-    assert run_child(_spied(paths, note), log) == 0, log.read_text()[-3000:]
+    assert run_child(_spied(paths[:-1], paths[-1], note), log) == 0, log.read_text()[-3000:]
     read = set(note.read_text().split())
 
     attributes = {

@@ -166,6 +166,21 @@ def test_names_with_dots_are_found() -> None:
         ("model.overrides.hidden_act=silu", lambda r: r.model.overrides == {"hidden_act": "silu"}),
         ("model.overrides.rope.theta=1e6", lambda r: r.model.overrides == {"rope": {"theta": 1e6}}),
         ("seed=5", lambda r: r.seed == 5),
+        ("parallel.dp_shard=4", lambda r: r.parallel.dp_shard == 4),
+        ("parallel.dp_shard=auto", lambda r: r.parallel.dp_shard == "auto"),
+        ("parallel.step_timeout=1h 30min", lambda r: r.parallel.step_timeout == 5400.0),
+        ("run.max_time=5400", lambda r: r.run.max_time == 5400.0),
+        ("run.max_time=23h 45min", lambda r: r.run.max_time == 85_500.0),
+        ("run.allow_batch_change=true", lambda r: r.run.allow_batch_change is True),
+        ("checkpoint.asynchronous=false", lambda r: r.checkpoint.asynchronous is False),
+        ("env.NCCL_IB_DISABLE=1", lambda r: r.env == {"NCCL_IB_DISABLE": "1"}),  # the shell has taken the quotes
+        ('env.NCCL_IB_DISABLE="1"', lambda r: r.env == {"NCCL_IB_DISABLE": "1"}),
+        ("env.NCCL_SOCKET_IFNAME=eth0,eth1", lambda r: r.env == {"NCCL_SOCKET_IFNAME": "eth0,eth1"}),
+        ("env.NCCL_DEBUG_FILE=/tmp/a=b", lambda r: r.env == {"NCCL_DEBUG_FILE": "/tmp/a=b"}),
+        ("env.X=true", lambda r: r.env == {"X": "true"}),
+        ("env.X=[1]", lambda r: r.env == {"X": "[1]"}),
+        ("env.X=", lambda r: r.env == {"X": ""}),
+        ('env={A="1", B="x"}', lambda r: r.env == {"A": "1", "B": "x"}),
     ],
 )
 def test_an_override_is_read_as_the_type_of_its_key(override: str, read: object) -> None:

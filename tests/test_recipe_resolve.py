@@ -4,7 +4,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from recipe_texts import MINIMAL, line_of, load_text, recipe
 
@@ -55,6 +55,7 @@ def test_ten_billion_tokens_are_19073_steps() -> None:
     assert (resolved.rows_per_step, resolved.accumulation, resolved.tokens_per_step) == (512, 128, 524_288)
 
 
+@settings(deadline=None)
 @given(world=FACTORS, micro=FACTORS, accumulation=FACTORS, seq_len=st.integers(8, 4096), tokens=st.integers(1, 10**14))
 def test_no_row_and_no_token_is_lost_between_batch_and_run(
     world: int, micro: int, accumulation: int, seq_len: int, tokens: int
@@ -72,6 +73,7 @@ def test_no_row_and_no_token_is_lost_between_batch_and_run(
     assert sum(share.tokens for share in resolved.shares) == resolved.tokens
 
 
+@settings(deadline=None)
 @given(
     rows=st.integers(1, 400),
     world=st.integers(1, 20),
@@ -236,6 +238,7 @@ def test_epochs_end_with_the_first_source_and_need_no_second_permission() -> Non
         resolve(build(epochs=3.0, max_epochs=1.0), 1, prepared)
 
 
+@settings(deadline=None)
 @given(
     weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=5),
     rows=st.lists(st.integers(20, 10_000), min_size=5, max_size=5),

@@ -60,6 +60,9 @@ def test_editors_accept_what_is_read_and_mark_what_is_not(tmp_path: Path) -> Non
     load_text(tmp_path, MINIMAL)
     assert not list(check.iter_errors(tomli.loads(MINIMAL)))
     part = 'extends = ["a.toml"]\nunset = "train.tokens"\n[train]\nwarmup = "1%"\nbetas = [0.9, 0.95]\nsteps = 5\n'
+    part += (
+        '[run]\nmax_time = "23h 45min"\n[parallel]\ndp_shard = "auto"\nstep_timeout = 60\n[env]\nNCCL_DEBUG = "INFO"\n'
+    )
     assert not list(check.iter_errors(tomli.loads(part))), "a file that extends another need not be complete"
     for wrong in (
         "[train]\nlrr = 1",
@@ -67,6 +70,12 @@ def test_editors_accept_what_is_read_and_mark_what_is_not(tmp_path: Path) -> Non
         "[train]\nschedule = 'x'",
         "sources = []",
         "[run]\ndir = 1",
+        "[run]\nmax_time = '5400'",
+        "[run]\nmax_time = 0",
+        "[parallel]\ntp = 0",
+        "[parallel]\ndp_shard = 'all'",
+        "[env]\nA = 1",
+        "[env]\n'A B' = '1'",
     ):
         assert list(check.iter_errors(tomli.loads(wrong))), wrong
 
@@ -98,8 +107,9 @@ def test_the_reference_is_up_to_date() -> None:
 
 def test_the_recipe_in_the_reference_loads(tmp_path: Path) -> None:
     document = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    complete, child = re.findall(r"```toml\n(.*?)```", document, re.DOTALL)
+    complete, child, variables = re.findall(r"```toml\n(.*?)```", document, re.DOTALL)
     assert load_text(tmp_path, complete, name="phase1.toml").recipe.train.tokens == 10_000_000_000
     recipe = load_text(tmp_path, child, name="child.toml").recipe
     assert recipe.train.steps == 1000
     assert [source.weight for source in recipe.data.sources] == [70, 50]
+    assert load_text(tmp_path, complete + variables).recipe.env["NCCL_IB_DISABLE"] == "1"

@@ -42,6 +42,22 @@ class RowBatch:
         }
         return replace(self, **moved)
 
+    def share(self, rank: int, size: int) -> "RowBatch":
+        """The tokens that process `rank` of the `size` that share each row has: one stretch of every row. document_ids
+        stay whole, because attention looks at whole rows."""
+        if size == 1:
+            return self
+        length = self.input_ids.shape[1] // size
+        mine = slice(rank * length, (rank + 1) * length)
+        labels = self.labels[:, mine].contiguous()
+        return replace(
+            self,
+            input_ids=self.input_ids[:, mine].contiguous(),
+            labels=labels,
+            position_ids=self.position_ids[:, mine].contiguous(),
+            supervised=int((labels != IGNORED).sum()),
+        )
+
 
 def build_rows(
     streams: Sequence[TokenStream], sources: Int64, rows: Int64, seq_len: int, document_mask: bool

@@ -13,11 +13,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from cheaptrain.recipe.errors import COMMAND_LINE, Problem
-from cheaptrain.recipe.keys import Key, dotted_names, is_free, key_at, keys
+from cheaptrain.recipe.keys import Key, dotted_names, free_value, is_free, key_at, keys
 from cheaptrain.recipe.schema import Clash, Recipe
 from cheaptrain.recipe.suggest import unknown_key
 from cheaptrain.recipe.tree import Node, Steps, at, dotted, leaves, plain, put
-from cheaptrain.recipe.words import missing_text, wrong_value
+from cheaptrain.recipe.words import how_telling, missing_text, wrong_value
 
 
 def check(tree: Node, files: Sequence[str], problems: list[Problem]) -> Recipe | None:
@@ -89,6 +89,7 @@ def _unwritable(tree: Node) -> list[Problem]:
         for steps, leaf in leaves(tree)
         if (key := key_at(steps)) is not None
         and is_free(key)
+        and free_value(key) is Any
         and (
             not isinstance(leaf.value, str | int | float)
             or (isinstance(leaf.value, float) and not isfinite(leaf.value))
@@ -108,10 +109,14 @@ def _wrong(known: Node, error: Any, errors: Sequence[Any], meant: set[str]) -> l
     key = key_at(steps)
     if key is None:
         return [Problem(known.origin, "", error["msg"])]
-    # A union complains once for each of its types. The sentence names them all; what is wrong inside a list says more.
+    # A union complains once for each of its types. The sentence names them all; what is wrong inside a list says more,
+    # and so does a limit.
     field = _field_steps(steps, key)
     others = [_steps(known, other["loc"]) for other in errors]
     if steps == field and any(len(other) > len(field) and other[: len(field)] == field for other in others):
+        return []
+    of_this = [other for other, place in zip(errors, others, strict=True) if place == steps]
+    if error is not max(of_this, key=lambda other: how_telling(other["type"])):
         return []
     node = at(known, steps)
     assert node is not None
@@ -162,6 +167,8 @@ def _replace(values: Any, known: Node, error: Any, replaced: set[Steps]) -> None
     examples = deepcopy(key.field.examples)
     if isinstance(steps[-1], int):
         assert examples
+        if not isinstance(holder, list) or steps[-1] >= len(holder):
+            return  # the list was itself replaced
         # Its name stays, when it has one: other keys refer to it.
         name = at(known, (*steps, "name"))
         kept = name.value if name and isinstance(name.value, str) else f"source-{steps[-1]}"

@@ -11,7 +11,10 @@ _BATCH = "in tokens: sequences times data.seq_len"
 _PACKED = "rows are always packed"
 _SPAN = 'a number of steps, tokens or a share: "2000 steps", "1%"'
 _EVERY = 'e.g. "500 steps" or "10%"'
-_LAUNCH = "the number of processes is the launcher's: accelerate launch --num_processes N"
+_LAUNCH = "the number of processes is the launcher's: cheaptrain launch --processes N"
+_NODES = "the number of machines is the launcher's: cheaptrain launch --nodes N"
+_SHARDED = '"auto" shards over all processes that nothing else takes'
+_SEQUENCE = "with parallel.tp the rows are always split between its processes"
 _NO_RESUME = "the same command goes on where the run was"
 _NOT_NEEDED = "not needed"
 
@@ -115,7 +118,65 @@ FOREIGN: dict[str, tuple[str | None, str]] = {
     "hf_assets_path": ("tokenizer.path", ""),
     "dataset": ("data.sources", "one [[data.sources]] for each"),
     "dataset_path": ("data.sources.files", "or hub, for a dataset of the hub"),
-    "data_parallel_replicate_degree": (None, _LAUNCH),
+    "parallelism": ("parallel", ""),
+    "parallel_dims": ("parallel", ""),
+    "data_parallel_replicate_degree": ("parallel.dp_replicate", ""),
+    "data_parallel_shard_degree": ("parallel.dp_shard", _SHARDED),
+    "tensor_parallel_degree": ("parallel.tp", ""),
+    "context_parallel_degree": ("parallel.cp", ""),
+    "pipeline_parallel_degree": (None, "shard the model instead: parallel.dp_shard, parallel.tp"),
+    "enable_async_tensor_parallel": (None, _NOT_NEEDED),
+    "fsdp_reshard_after_forward": (None, "weights are freed after each layer; parallel.dp_replicate shards less"),
+    "init_timeout_seconds": ("parallel.start_timeout", ""),
+    "train_timeout_seconds": ("parallel.step_timeout", ""),
+    "async_mode": ("checkpoint.asynchronous", "true or false"),
+    # Megatron, NeMo, vLLM; accelerate's own files
+    "tensor_model_parallel_size": ("parallel.tp", ""),
+    "tensor_parallel_size": ("parallel.tp", ""),
+    "tp_size": ("parallel.tp", ""),
+    "tp_degree": ("parallel.tp", ""),
+    "context_parallel_size": ("parallel.cp", ""),
+    "context_parallel": ("parallel.cp", "a number of processes"),
+    "cp_size": ("parallel.cp", ""),
+    "cp_degree": ("parallel.cp", ""),
+    "sp_size": ("parallel.cp", "processes that share the tokens of a row"),
+    "sequence_parallel_degree": ("parallel.cp", "processes that share the tokens of a row"),
+    "sequence_parallel": (None, _SEQUENCE),
+    "pipeline_model_parallel_size": (None, "shard the model instead: parallel.dp_shard, parallel.tp"),
+    "data_parallel_size": ("parallel.dp_shard", _SHARDED),
+    "dp_size": ("parallel.dp_shard", _SHARDED),
+    "dp_shard_size": ("parallel.dp_shard", _SHARDED),
+    "dp_replicate_size": ("parallel.dp_replicate", ""),
+    "fsdp_size": ("parallel.dp_shard", _SHARDED),
+    "hsdp_replicate_degree": ("parallel.dp_replicate", ""),
+    "fsdp": ("parallel.dp_shard", f"FSDP2 is always used with several processes; {_SHARDED}"),
+    "fsdp2": ("parallel.dp_shard", f"FSDP2 is always used with several processes; {_SHARDED}"),
+    "fsdp_config": ("parallel.dp_shard", f"FSDP2 is always used with several processes; {_SHARDED}"),
+    "fsdp_version": ("parallel.dp_shard", "FSDP2 is always used with several processes"),
+    "fsdp_sharding_strategy": (
+        "parallel.dp_replicate",
+        "above 1 it is HSDP; the model is always sharded over dp_shard",
+    ),
+    "fsdp_cpu_offload": (None, "shard over more processes instead: parallel.dp_shard"),
+    "ddp": ("parallel.dp_replicate", "each replica of the model; dp_shard = 1 keeps it whole"),
+    "strategy": ("parallel", "dp_replicate, dp_shard, cp, tp"),
+    "ddp_timeout": ("parallel.step_timeout", 'e.g. "10min"'),
+    "nccl_timeout": ("parallel.step_timeout", 'e.g. "10min"'),
+    "num_processes": (None, _LAUNCH),
+    "nproc_per_node": (None, _LAUNCH),
+    "world_size": (None, _LAUNCH),
+    "num_gpus": (None, f"{_LAUNCH}; plan.gpus is what `cheaptrain plan` reckons with"),
+    "num_machines": (None, _NODES),
+    "nnodes": (None, _NODES),
+    "max_train_time": ("run.max_time", 'e.g. "23h 45min"'),
+    "max_time_seconds": ("run.max_time", 'e.g. "23h 45min"'),
+    "max_run_duration": ("run.max_time", 'e.g. "23h 45min"'),
+    "time_limit": ("run.max_time", 'e.g. "23h 45min"'),
+    "async_save": ("checkpoint.asynchronous", ""),
+    "save_async": ("checkpoint.asynchronous", ""),
+    "envs": ("env", 'NAME = "value"'),
+    "env_vars": ("env", 'NAME = "value"'),
+    "environment": ("env", 'NAME = "value"'),
     # nanoGPT, nanochat
     "out_dir": ("run.dir", ""),
     "batch_size": ("train.global_batch_tokens", f"{_BATCH}; rows a process runs at once are train.micro_batch_size"),
@@ -158,7 +219,7 @@ FOREIGN: dict[str, tuple[str | None, str]] = {
     "gradient_clip_val": ("train.grad_clip", ""),
     "max_epochs": ("train.epochs", "max_epochs belongs to a source: how often it may be read"),
     "devices": (None, _LAUNCH),
-    "num_nodes": (None, _LAUNCH),
+    "num_nodes": (None, _NODES),
     "log_every_n_steps": ("log.every", _EVERY),
     "val_check_interval": ("validation.every", _EVERY),
     "train_batch_size": ("train.global_batch_tokens", _BATCH),

@@ -7,34 +7,45 @@ folders are) may differ; anything else makes another run. The trap is comparing 
 
 import hashlib
 import json
+from collections.abc import Collection
 from typing import Any
 
 from cheaptrain.recipe.schema import Recipe, Section
 
-
-def identity(recipe: Recipe) -> dict[str, Any]:
-    """Every key that is not operational, defaults included, as plain JSON values. Tables left empty are left out."""
-    kept: dict[str, Any] = _identity(recipe)
-    return json.loads(json.dumps(kept))  # tuples become lists: equal to what comes back from a file
+# What a run may change when it goes on, if that is asked for: `resolve` decides it by the ledger of the checkpoint.
+BATCH = ("train.global_batch_tokens",)
 
 
-def identity_hash(recipe: Recipe) -> str:
+def identity(recipe: Recipe, without: Collection[str] = ()) -> dict[str, Any]:
+    """Every key that is not operational, defaults included, as plain JSON values. Tables left empty are left out, and
+    so are the dotted keys in `without` (none of them within a list of tables)."""
+    kept: dict[str, Any] = json.loads(json.dumps(_identity(recipe)))  # tuples become lists, as they come from a file
+    for name in without:
+        *tables, key = name.split(".")
+        table = kept
+        for step in tables:
+            table = table[step]
+        del table[key]  # a name that is no key of a run's identity is a mistake of the caller
+    return kept
+
+
+def identity_hash(recipe: Recipe, without: Collection[str] = ()) -> str:
     """SHA-256 (hex) of the identity."""
-    text = json.dumps(identity(recipe), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(identity(recipe, without), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def identity_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def identity_difference(old: dict[str, Any], new: dict[str, Any], without: Collection[str] = ()) -> list[str]:
     """What differs between two identities, a line a key: `train.lr: 0.0003 -> 0.0006`. Sources are matched by name.
 
     A key that is null and a key that is not there are the same: a run that was started before an optional key existed
-    is still the same run.
+    is still the same run. The dotted keys in `without` are not compared.
     """
     before, after = _leaves(old), _leaves(new)
     lines = [
         f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
         for key in dict.fromkeys([*before, *after])
-        if _shown(before.get(key)) != _shown(after.get(key))
+        if key not in without and _shown(before.get(key)) != _shown(after.get(key))
     ]
     first, then = _source_names(old), _source_names(new)
     if first != then and sorted(first) == sorted(then):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from cheaptrain.recipe.quantities import parse_bytes, parse_count, parse_every, parse_span
+from cheaptrain.recipe.quantities import parse_bytes, parse_count, parse_every, parse_seconds, parse_span
 from cheaptrain.recipe.schema import Recipe, Section
 
 
@@ -72,14 +72,19 @@ def key_at(steps: Sequence[str | int]) -> Key | None:
 
 
 def is_free(key: Key) -> bool:
-    """Whether the key is a table that takes any keys (`model.overrides`)."""
+    """Whether the key is a table that takes any keys (`model.overrides`, `env`)."""
     return get_origin(key.field.annotation) is dict
+
+
+def free_value(key: Key) -> Any:
+    """The type of the values in a free table."""
+    return get_args(key.field.annotation)[1]
 
 
 def place(name: str) -> str:
     """How a key is written in a file: `train.lr`, `weight in [[data.sources]]`, or `[train]` for a table."""
     table, _, leaf = name.rpartition(".")
-    if name in keys() and keys()[name].section is not None:
+    if name in keys() and (keys()[name].section is not None or is_free(keys()[name])):
         return f"[[{name}]]" if keys()[name].listed else f"[{name}]"
     return f"{leaf} in [[{table}]]" if table in keys() and keys()[table].listed else name
 
@@ -102,7 +107,13 @@ def _options(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-_QUANTITIES = {parse_count: "an amount", parse_bytes: "an amount of bytes", parse_span: "a span", parse_every: "a span"}
+_QUANTITIES = {
+    parse_count: "an amount",
+    parse_bytes: "an amount of bytes",
+    parse_seconds: "a time",
+    parse_span: "a span",
+    parse_every: "a span",
+}
 
 
 def _words(kind: Any, plural: bool = False) -> str:
@@ -115,6 +126,8 @@ def _words(kind: Any, plural: bool = False) -> str:
         return _either([f'"{value}"' if isinstance(value, str) else str(value) for value in get_args(kind)])
     if get_origin(kind) is list:
         return f"a list of {_words(get_args(kind)[0], plural=True)}"
+    if get_origin(kind) is dict and get_args(kind)[1] is not Any:
+        return f"a table of {_words(get_args(kind)[1], plural=True)}"
     if get_origin(kind) is tuple:
         return f"a list of {len(get_args(kind))} {_words(get_args(kind)[0], plural=True)}"
     singular, several = {

@@ -15,7 +15,7 @@ import tomli
 from pydantic import TypeAdapter, ValidationError
 
 from cheaptrain.recipe.errors import COMMAND_LINE, Problem
-from cheaptrain.recipe.keys import Key, is_free, key_at, keys
+from cheaptrain.recipe.keys import Key, free_value, is_free, key_at, keys
 from cheaptrain.recipe.suggest import unknown_key
 from cheaptrain.recipe.tree import Node, Steps, at, dotted, locate, merge, put, written
 
@@ -76,7 +76,7 @@ def _set(tree: Node, name: str, text: str) -> Node:
         if table and not isinstance(table.value, list if isinstance(steps[end], int) else dict):
             raise LookupError(f"{dotted(tree, steps[:end])} in {table.origin} is not a table")
     inside = is_free(key) and key.name != name
-    new = written(_value(text, Any if inside else _annotation(key, steps)), COMMAND_LINE)
+    new = written(_value(text, free_value(key) if inside else _annotation(key, steps)), COMMAND_LINE)
     old = at(tree, steps)
     return put(tree, steps, merge(old, new) if old else new)
 

@@ -6,6 +6,7 @@ from context. Plain integers (also `524_288`) are taken as they are.
 
 import re
 from dataclasses import dataclass
+from datetime import time
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,10 @@ _SUFFIX |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _NUMBER = r"(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(?:\.\d+)?(?:[eE][+-]?\d{1,3})?)"
 _COUNT = re.compile(rf"\s*{_NUMBER}\s*(?P<suffix>[kKMGT]i|[kKMBGT])?\s*(?P<unit>tokens?|steps?|%)?\s*")
 _BYTES = re.compile(rf"\s*{_NUMBER}\s*(?P<suffix>[kKMGT]i?)?\s*(?:[bB]|bytes)?\s*")
+_IN_SECONDS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600, "d": 86_400}
+_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(d|h|min|m|sec|s)")
+_DURATION = re.compile(rf"\s*(?:{_DURATION_PART.pattern}\s*)+")
+_LONGEST_DAYS = 36_500
 _LARGEST = 2**63 - 1
 
 
@@ -40,6 +45,26 @@ def parse_bytes(value: Any) -> int:
             raise ValueError(f"{value!r} is not a size in bytes; {hint}")
         return _scaled(match["number"], match["suffix"], "a size in bytes")
     return _whole(value, "a size in bytes", hint)
+
+
+def parse_seconds(value: Any) -> float:
+    """`"23h 45min"`, `"90s"`, `"1.5h"` or a number of seconds → seconds, above 0. Raises ValueError."""
+    hint = 'write 5400, "90min" or "1h 30min"'
+    if isinstance(value, str):
+        if not _DURATION.fullmatch(value):
+            raise ValueError(f"{value!r} is not a time; {hint}")
+        parts = _DURATION_PART.findall(value)
+        if len({_IN_SECONDS[unit] for _, unit in parts}) < len(parts):
+            raise ValueError(f"{value!r} names a unit twice; {hint}")
+        seconds = sum(float(number) * _IN_SECONDS[unit] for number, unit in parts)
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        # 23:45:00 without quotes is a time of day in TOML.
+        raise ValueError(f"{value if isinstance(value, time) else repr(value)} is not a time; {hint}")
+    else:
+        seconds = value
+    if not 0 < seconds <= _LONGEST_DAYS * 86_400:
+        raise ValueError(f"{value!r}: a time lies above 0 and below {_LONGEST_DAYS:,} days; {hint}")
+    return float(seconds)
 
 
 @dataclass(frozen=True)
@@ -150,8 +175,17 @@ _SPAN_SCHEMA = {
     "examples": ["2000 steps", "100M tokens", "1%"],
 }
 
+_SECONDS_SCHEMA = {
+    "anyOf": [
+        {"type": "number", "exclusiveMinimum": 0},
+        {"type": "string", "pattern": r"^\s*([0-9]+(\.[0-9]+)?\s*(d|h|min|m|sec|s)\s*)+$"},
+    ],
+    "examples": ["23h 45min", "90min", 5400],
+}
+
 Count = Annotated[int, BeforeValidator(parse_count), WithJsonSchema(_COUNT_SCHEMA)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema(_BYTES_SCHEMA)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), WithJsonSchema(_SECONDS_SCHEMA)]
 _SpanText = PlainSerializer(str, return_type=str)
 SpanField = Annotated[Span, BeforeValidator(parse_span), _SpanText, WithJsonSchema(_SPAN_SCHEMA)]
 EveryField = Annotated[Span, BeforeValidator(parse_every), _SpanText, WithJsonSchema(_SPAN_SCHEMA["anyOf"][1])]

@@ -3,12 +3,13 @@
 python -m cheaptrain.recipe.reference docs/recipes.md
 """
 
+import inspect
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from cheaptrain.recipe.keys import Key, expected, keys
+from cheaptrain.recipe.keys import Key, expected, is_free, keys
 from cheaptrain.recipe.quantities import Span
 from cheaptrain.recipe.schema import Recipe, Section
 
@@ -37,9 +38,10 @@ def _table(name: str, section: type[Section], title: str) -> str:
     for key in keys().values():
         if key.table == name and key.section is None:
             star = "\\*" if key.operational else ""
-            cells = [f"`{key.leaf}`{star}", expected(key), _default(key), key.field.description or ""]
+            leaf = f"[{key.leaf}]" if is_free(key) and not name else key.leaf
+            cells = [f"`{leaf}`{star}", expected(key), _default(key), key.field.description or ""]
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return f"### {title}\n\n{section.__doc__}\n\n" + "\n".join(rows)
+    return f"### {title}\n\n{inspect.getdoc(section)}\n\n" + "\n".join(rows)
 
 
 def _default(key: Key) -> str:

@@ -8,42 +8,30 @@ differently, are how accumulation got left out of a run's tokens. Nothing here r
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 
-from cheaptrain.errors import PreflightError, RecipeError
-from cheaptrain.recipe.batch import Batch, namer, resolve_batch
-from cheaptrain.recipe.quantities import Span
+from cheaptrain.errors import RecipeError
+from cheaptrain.recipe.batch import namer, resolve_batch
+from cheaptrain.recipe.layout import Layout
+from cheaptrain.recipe.length import Curve, Done, Leg, ModelFacts, curve_of, goal_of, legs_of
+from cheaptrain.recipe.length import MissingFacts as MissingFacts
 from cheaptrain.recipe.schema import Recipe
-from cheaptrain.recipe.shares import (
-    SourceFacts,
-    SourceShare,
-    empty_sources,
-    overread_sources,
-    rows_until_read,
-    shares_of_run,
-    weighted,
-)
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the model amounts to. `flops_per_token`: forward and backward of one trained token at the run's seq_len."""
-
-    parameters: int
-    embedding_parameters: int
-    by_part: dict[str, int]
-    flops_per_token: float
+from cheaptrain.recipe.shares import SourceFacts as SourceFacts
+from cheaptrain.recipe.shares import SourceShare, empty_sources, overread_sources, shares_of_run, weighted
 
 
 @dataclass(frozen=True)
 class Resolved:
     """Every number of a run. Lengths of the schedule in tokens, intervals in steps (None: never).
 
-    `decay_tokens` is the stretch in which the rate falls: for wsd what `train.decay` says, for linear and cosine all
-    after warm-up, for constant 0. `flops` is the whole run, forward and backward; None while the model is not known.
+    `steps`, `rows` and `tokens` are the whole run from its first step to its last. What one step is (`rows_per_step`
+    and those after it) and the intervals are those of the batch now; `kept` says of each batch the run has had after
+    which step it came and how often a checkpoint was to be kept for good. `decay_tokens` is the stretch in which the
+    rate falls: for wsd what `train.decay` says, for linear and cosine all after warm-up, for constant 0. `flops` is the
+    whole run, forward and backward; None while the model is not known.
     """
 
     world_size: int
+    layout: Layout
     seq_len: int
     rows_per_step: int
     micro_batch_size: int
@@ -54,18 +42,21 @@ class Resolved:
     tokens: int
     warmup_tokens: int
     decay_tokens: int
+    curve: Curve
     log_every: int
     validate_every: int
     sample_every: int
     save_every: int
     keep_every: int | None
+    kept: tuple[tuple[int, int | None], ...]
     tokens_per_parameter: float | None
     flops: float | None
     shares: tuple[SourceShare, ...]
 
-
-class MissingFacts(PreflightError):
-    """The length of the run depends on something that is not known before `cheaptrain prepare`."""
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of this step is one to keep for good, by the batch it was written under."""
+        every = [every for after, every in self.kept if after < step]
+        return bool(every) and every[-1] is not None and step % every[-1] == 0
 
 
 def resolve(
@@ -74,13 +65,16 @@ def resolve(
     sources: Mapping[str, SourceFacts] | None = None,
     model: ModelFacts | None = None,
     provenance: Mapping[str, str] | None = None,
+    done: Done | None = None,
 ) -> Resolved:
     """Derive every number of the run on `world_size` processes.
 
     `sources` holds what is prepared of each source with a weight; without it epochs are not checked. `provenance` (of
-    the loaded recipe) only serves messages. Raises RecipeError for what does not divide or does not fit, and
-    MissingFacts when `train.epochs` is given without `sources`, or `train.flops` or `train.tokens_per_parameter`
-    without `model`; what needs no facts can then still be had from `resolve_batch`.
+    the loaded recipe) only serves messages. `done` is what the run has behind it, when it goes on: the length then
+    counts what was really read, with whatever batch. Raises RecipeError for what does not divide or does not fit,
+    PreflightError when the batch is not the one the run had and `run.allow_batch_change` is not set, and MissingFacts
+    when `train.epochs` is given without `sources`, or `train.flops` or `train.tokens_per_parameter` without `model`;
+    what needs no facts can then still be had from `resolve_batch`.
     """
     named = namer(provenance)
     batch = resolve_batch(recipe, world_size, provenance)
@@ -89,20 +83,22 @@ def resolve(
         if absent:
             raise MissingFacts(f"not prepared yet: {', '.join(absent)}. Run `cheaptrain prepare` on this recipe first.")
         _refuse(empty_sources(recipe, sources, named))
-    steps = _steps(recipe, batch, sources, model, named)
-    rows, tokens = steps * batch.rows_per_step, steps * batch.tokens_per_step
+    legs = legs_of(recipe, goal_of(recipe, sources, model), done, named)
+    steps, tokens = legs[-1].last_step, legs[-1].last_tokens
+    rows = (done.rows if done else 0) + (tokens - (done.tokens if done else 0)) // recipe.data.seq_len
     shares = shares_of_run(recipe, rows, sources)
-    warmup, decay = _schedule(recipe, batch, tokens)
-    save_every = recipe.checkpoint.every.steps(batch.tokens_per_step, tokens)
+    curve = curve_of(recipe.train, legs)
+    kept = tuple((leg.start.step, _keep_every(recipe, leg)) for leg in legs)
     _refuse(
         [
             *overread_sources(recipe, shares, named),
-            *_schedule_complaints(recipe, warmup, decay, tokens, named),
+            *_schedule_complaints(recipe, curve, named),
             *_retention_complaints(recipe, named),
         ]
     )
     return Resolved(
         world_size=world_size,
+        layout=batch.layout,
         seq_len=recipe.data.seq_len,
         rows_per_step=batch.rows_per_step,
         micro_batch_size=batch.micro_batch_size,
@@ -111,80 +107,28 @@ def resolve(
         steps=steps,
         rows=rows,
         tokens=tokens,
-        warmup_tokens=warmup,
-        decay_tokens=decay,
+        warmup_tokens=curve.tokens_at(curve.warmup),
+        decay_tokens=tokens - curve.tokens_at(curve.length - curve.decay),
+        curve=curve,
         log_every=recipe.log.every.steps(batch.tokens_per_step, tokens),
         validate_every=recipe.validation.every.steps(batch.tokens_per_step, tokens),
         sample_every=recipe.samples.every.steps(batch.tokens_per_step, tokens),
-        save_every=save_every,
-        keep_every=_keep_every(recipe, save_every, batch, tokens),
+        save_every=_save_every(recipe, legs[-1]),
+        keep_every=kept[-1][1],
+        kept=kept,
         tokens_per_parameter=tokens / model.parameters if model else None,
         flops=tokens * model.flops_per_token if model else None,
         shares=shares,
     )
 
 
-def _steps(
-    recipe: Recipe,
-    batch: Batch,
-    sources: Mapping[str, SourceFacts] | None,
-    model: ModelFacts | None,
-    named: Callable[[str], str],
-) -> int:
-    """The length of the run in whole steps: the nearest, but never past the epochs asked."""
-    train = recipe.train
-    if train.steps is not None:
-        return train.steps
-    if train.epochs is not None:
-        if sources is None:
-            raise MissingFacts(_unknown("train.epochs", "the tokens of each source are"))
-        key, tokens = "train.epochs", rows_until_read(recipe, train.epochs, sources) * recipe.data.seq_len
-        steps = tokens // batch.tokens_per_step
-    else:
-        key, exact = _tokens_asked(recipe, model)
-        tokens, steps = round(exact), int(exact / batch.tokens_per_step + Fraction(1, 2))
-    if steps < 1:
-        raise RecipeError(
-            f"{named(key)}: {tokens:,} tokens are less than one step of {batch.tokens_per_step:,}"
-            " (train.global_batch_tokens): train longer, or lower the batch"
-        )
-    return steps
-
-
-def _tokens_asked(recipe: Recipe, model: ModelFacts | None) -> tuple[str, Fraction]:
-    train = recipe.train
-    if train.tokens is not None:
-        return "train.tokens", Fraction(train.tokens)
-    if train.flops is not None:
-        if model is None:
-            raise MissingFacts(_unknown("train.flops", "the model's FLOPs a token are"))
-        return "train.flops", Fraction(train.flops) / Fraction(model.flops_per_token)
-    if model is None:
-        raise MissingFacts(_unknown("train.tokens_per_parameter", "the model's parameters are"))
-    assert train.tokens_per_parameter is not None  # the schema admits exactly one length
-    return "train.tokens_per_parameter", Fraction(train.tokens_per_parameter) * model.parameters
-
-
-def _unknown(key: str, what: str) -> str:
-    return f"{key} says how long to train, and {what} not known yet. Run `cheaptrain prepare` on this recipe first."
-
-
-def _schedule(recipe: Recipe, batch: Batch, tokens: int) -> tuple[int, int]:
-    """Tokens of warm-up and of the falling rate."""
-    train = recipe.train
-    warmup = train.warmup.tokens(batch.tokens_per_step, tokens)
-    if train.schedule == "wsd":
-        return warmup, (train.decay or Span(20, "%")).tokens(batch.tokens_per_step, tokens)
-    return warmup, 0 if train.schedule == "constant" else max(0, tokens - warmup)
-
-
-def _schedule_complaints(
-    recipe: Recipe, warmup: int, decay: int, tokens: int, named: Callable[[str], str]
-) -> list[str]:
+def _schedule_complaints(recipe: Recipe, curve: Curve, named: Callable[[str], str]) -> list[str]:
+    tokens, warmup = curve.length, curve.warmup
     if warmup > tokens:
         key, text, length = "train.warmup", f"a warm-up of {recipe.train.warmup}", warmup
-    elif warmup + decay > tokens:
-        key, text, length = "train.decay", f"warm-up ({warmup:,} tokens) and decay ({decay:,})", warmup + decay
+    elif warmup + curve.decay > tokens:
+        key, length = "train.decay", warmup + curve.decay
+        text = f"warm-up ({warmup:,} tokens) and decay ({curve.decay:,})"
     else:
         return []
     return [f"{named(key)}: {text} takes {length:,} tokens, and the run has {tokens:,}: shorten it, or train longer"]
@@ -200,12 +144,19 @@ def _retention_complaints(recipe: Recipe, named: Callable[[str], str]) -> list[s
     ]
 
 
-def _keep_every(recipe: Recipe, save_every: int, batch: Batch, tokens: int) -> int | None:
+def _save_every(recipe: Recipe, leg: Leg) -> int:
+    return recipe.checkpoint.every.steps(leg.start.global_batch_tokens, leg.last_tokens)
+
+
+def _keep_every(recipe: Recipe, leg: Leg) -> int | None:
     """In steps. Shares of a run rarely fall on a save exactly: the nearest multiple of `save_every` is meant."""
     if recipe.checkpoint.keep_every is None:
         return None
-    keep = recipe.checkpoint.keep_every.steps(batch.tokens_per_step, tokens)
-    return save_every * max(1, (2 * keep + save_every) // (2 * save_every))
+    keep, save = (
+        recipe.checkpoint.keep_every.steps(leg.start.global_batch_tokens, leg.last_tokens),
+        _save_every(recipe, leg),
+    )
+    return save * max(1, (2 * keep + save) // (2 * save))
 
 
 def _refuse(complaints: list[str]) -> None:

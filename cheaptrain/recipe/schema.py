@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cheaptrain.recipe.quantities import Bytes, Count, EveryField, Span, SpanField
+from cheaptrain.recipe.quantities import Bytes, Count, EveryField, Seconds, Span, SpanField
+from cheaptrain.recipe.variables import Variables
 
 Positive = Annotated[float, Field(gt=0)]
 PositiveCount = Annotated[Count, Field(gt=0)]
@@ -77,6 +78,12 @@ class Run(Section):
         "folder of the run: recipe.json, metrics.jsonl, checkpoints/, final",
         path=True,
         examples=["outputs/my-run"],
+    )
+    max_time: Seconds | None = operational(
+        None, 'end this launch with a checkpoint (exit 75) before so much time has passed, e.g. "23h 45min"'
+    )
+    allow_batch_change: bool = operational(
+        False, "let a started run go on with another train.global_batch_tokens; the ledger records where it changed"
     )
 
 
@@ -245,7 +252,7 @@ class Train(Section):
     micro_batch_size: Annotated[int, Field(ge=1)] = operational(1, "rows a process runs at once")
 
     optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: torch.optim.Muon for hidden matrices, AdamW for the rest"
+        "adamw", description="muon: Muon for hidden matrices, AdamW for the rest"
     )
     lr: Positive = Field(
         description="peak learning rate (with muon: of everything but the hidden matrices)", examples=[3e-4]
@@ -289,6 +296,24 @@ class Train(Section):
             yield Clash('final_lr_ratio means nothing with schedule = "constant"', ("final_lr_ratio", "schedule"))
 
 
+class Parallel(Section):
+    """How the processes share the work. Their product is the number of processes, and that is asserted.
+
+    A run may change all of it at every resume: the rows of each step stay the same.
+    """
+
+    dp_replicate: Annotated[int, Field(ge=1)] = operational(1, "groups that each hold the whole model (HSDP)")
+    dp_shard: Annotated[int, Field(ge=1)] | Literal["auto"] = operational(
+        "auto", "processes a copy of the model is spread over (FSDP2); auto: what the other three leave"
+    )
+    cp: Annotated[int, Field(ge=1)] = operational(1, "processes that share the tokens of a row; for very long rows")
+    tp: Annotated[int, Field(ge=1)] = operational(1, "processes that share each matrix (tensor parallelism)")
+    start_timeout: Seconds = operational(1800.0, "longest silence of a process until the first step is done")
+    step_timeout: Seconds = operational(
+        600.0, "longest silence of a process after that; then the job ends and names it"
+    )
+
+
 class Validation(Section):
     """Loss and bits per byte on the held-out documents of each source."""
 
@@ -312,6 +337,9 @@ class Checkpoint(Section):
     keep_last: Annotated[int, Field(ge=1)] = operational(2, "newest checkpoints to keep")
     keep_every: EveryField | None = operational(None, 'keep these for good as well, e.g. "1000 steps"')
     state_in_final: bool = operational(True, "keep optimizer state in the last checkpoint")
+    asynchronous: bool = operational(
+        True, "write in the background while training goes on; false: training waits until the checkpoint stands"
+    )
 
 
 class Log(Section):
@@ -348,6 +376,8 @@ class Recipe(Section):
     train: Train = Field(
         description="the loop", examples=[{"tokens": "10B", "global_batch_tokens": 524_288, "lr": 3e-4}]
     )
+    parallel: Parallel = Field(Parallel(), description="how the processes share the work")
+    env: Variables = operational({}, 'environment of every process, set before it starts, e.g. NCCL_IB_DISABLE = "1"')
     validation: Validation = Field(Validation(), description="loss on held-out documents")
     samples: Samples = Field(Samples(), description="text the model writes")
     checkpoint: Checkpoint = Field(Checkpoint(), description="when to save and what to keep")

@@ -18,6 +18,11 @@ def missing_text(key: Key) -> str:
     return f"missing: {key.field.description}{example}"
 
 
+def how_telling(kind: str) -> int:
+    """Which of several complaints about one value says most: a limit before a choice before a type."""
+    return 2 if kind in _LIMITS else int(kind == "literal_error")
+
+
 def wrong_value(key: Key, error: Any, given: Any, inside: bool) -> str:
     """A value that the key does not take. `given` is the wrong value, or the wrong element when `inside` its list."""
     kind, ctx = error["type"], error.get("ctx", {})

@@ -7,7 +7,7 @@ plan that reaches for the network hangs for a minute on a machine without one. H
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import constants as hub_constants
@@ -18,14 +18,22 @@ from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.model.config import checkpoint_config
 from cheaptrain.model.facts import model_facts
 from cheaptrain.recipe.batch import Batch, namer, resolve_batch
+from cheaptrain.recipe.length import MissingFacts, ModelFacts
 from cheaptrain.recipe.load import LoadedRecipe
-from cheaptrain.recipe.resolve import MissingFacts, ModelFacts, Resolved, resolve
+from cheaptrain.recipe.resolve import Resolved, resolve
 from cheaptrain.recipe.schema import Model, Recipe
 from cheaptrain.recipe.shares import overread_sources, shares_of_run, weighted
 from cheaptrain.train.survey import Survey, origin, written_by
 
 # Vocabularies that presets were published with, by the beginning of their names: for a tokenizer that is not here yet.
-_PUBLISHED_VOCABULARY = {"mobilellm": 128_256, "gpt2": 50_257, "smollm2": 49_152}
+_PUBLISHED_VOCABULARY = {
+    "mobilellm": 128_256,
+    "gpt2": 50_257,
+    "smollm2": 49_152,
+    "7b": 128_256,
+    "70b": 128_256,
+    "671b": 129_280,
+}
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,7 @@ def _resolved(
     shares = shares_of_run(recipe, resolved.rows, sources)
     if complaints := overread_sources(recipe, shares, namer(loaded.provenance)):
         raise RecipeError("\n".join(complaints))
-    return Resolved(**{**vars(resolved), "shares": shares})
+    return replace(resolved, shares=shares)
 
 
 @contextmanager

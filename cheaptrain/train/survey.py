@@ -4,12 +4,13 @@ Training starts from a survey, and the plan it opens with is printed from the ve
 thing and the run do another. What is known before everything is prepared: `outlook.py`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from tokenizers import Tokenizer
+from transformers import PreTrainedConfig
 
 from cheaptrain.data.manifest import Manifest, load_manifest
 from cheaptrain.data.order import MixtureOrder
@@ -18,10 +19,11 @@ from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.model.config import model_config
 from cheaptrain.model.facts import model_facts
 from cheaptrain.model.hub import model_folder
+from cheaptrain.recipe.length import Done, ModelFacts
 from cheaptrain.recipe.load import LoadedRecipe
-from cheaptrain.recipe.resolve import ModelFacts, Resolved, SourceFacts, resolve
+from cheaptrain.recipe.resolve import Resolved, resolve
 from cheaptrain.recipe.schema import Model, Recipe
-from cheaptrain.recipe.shares import shares_of_run, weighted
+from cheaptrain.recipe.shares import SourceFacts, shares_of_run, weighted
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,12 @@ class Survey:
     manifests: dict[str, Manifest]
     facts: ModelFacts
     resolved: Resolved
-    positions: int  # that the model can read
+    config: PreTrainedConfig  # of the model as it starts
+
+    @property
+    def positions(self) -> int:
+        """That the model can read."""
+        return getattr(self.config, "max_position_embeddings", None) or self.loaded.recipe.data.seq_len
 
     @property
     def sources(self) -> dict[str, SourceFacts]:
@@ -41,18 +48,22 @@ class Survey:
         return {name: manifest.facts() for name, manifest in self.manifests.items()}
 
 
-def survey_all(recipes: Sequence[LoadedRecipe], world_size: int) -> list[Survey]:
-    """Survey recipes that run one after the other; a stage may start from what an earlier one will write."""
+def survey_all(
+    recipes: Sequence[LoadedRecipe], world_size: int, done: Callable[[LoadedRecipe], Done | None] = lambda loaded: None
+) -> list[Survey]:
+    """Survey recipes that run one after the other; a stage may start from what an earlier one will write. `done` says
+    what each has behind it."""
     surveys: list[Survey] = []
     for loaded in recipes:
-        surveys.append(survey(loaded, world_size, surveys))
+        surveys.append(survey(loaded, world_size, surveys, done(loaded)))
     return surveys
 
 
-def survey(loaded: LoadedRecipe, world_size: int, earlier: Sequence[Survey] = ()) -> Survey:
+def survey(loaded: LoadedRecipe, world_size: int, earlier: Sequence[Survey] = (), done: Done | None = None) -> Survey:
     """Read the facts of one recipe and resolve it.
 
-    Raises PreflightError when data or tokenizer are not prepared, RecipeError when the numbers do not add up.
+    Raises PreflightError when data or tokenizer are not prepared, or the batch is not the one the run had and may not
+    change; RecipeError when the numbers do not add up.
     """
     recipe = loaded.recipe
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.data)
@@ -60,10 +71,16 @@ def survey(loaded: LoadedRecipe, world_size: int, earlier: Sequence[Survey] = ()
     model = origin(recipe.model, tokenizer, earlier)
     facts = model_facts(model, vocab_size=tokenizer.size, seq_len=recipe.data.seq_len)
     sources = {name: manifest.facts() for name, manifest in manifests.items()}
-    resolved = resolve(recipe, world_size, sources, facts, loaded.provenance)
+    resolved = resolve(recipe, world_size, sources, facts, loaded.provenance, done)
     config = model_config(model, vocab_size=tokenizer.size, seq_len=recipe.data.seq_len)
-    positions = getattr(config, "max_position_embeddings", None) or recipe.data.seq_len
-    return Survey(loaded, tokenizer, manifests, facts, resolved, positions)
+    return Survey(loaded, tokenizer, manifests, facts, resolved, config)
+
+
+def going_on(surveyed: Survey, done: Done | None) -> Survey:
+    """The same survey, resolved from the checkpoint that the run really goes on from; None: it starts."""
+    loaded, world_size = surveyed.loaded, surveyed.resolved.world_size
+    resolved = resolve(loaded.recipe, world_size, surveyed.sources, surveyed.facts, loaded.provenance, done)
+    return replace(surveyed, resolved=resolved)
 
 
 def mixture_order(recipe: Recipe, sources: Mapping[str, SourceFacts]) -> MixtureOrder:
