@@ -4,6 +4,8 @@ transformers lets a model call a registered function instead of its own attentio
 tokens may see which is decided once per micro-batch by `attention_inputs`, outside the model, and travels through the
 decoder as keyword arguments. On a GPU rows of several documents run as one variable-length batch without any seq × seq
 mask; on a CPU SDPA gets a block-diagonal mask; rows that are one document each are plain causal attention everywhere.
+Where several processes share a row, they exchange tokens for heads before and after (see context.py), so the rest here
+always deals with whole rows.
 
 The trap it avoids: transformers' own packing is switched off silently by a cache object or by a mask of ones, and the
 documents then see each other. This function never guesses: without its inputs, or handed a feature it does not honour,
@@ -21,6 +23,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedConfig
 
 from cheaptrain.errors import CheaptrainError
+from cheaptrain.model.context import Context, heads_for_tokens, tokens_for_heads
 
 NAME = "cheaptrain"
 
@@ -28,13 +31,19 @@ CAUSAL, DENSE, VARLEN = "causal", "dense", "varlen"
 
 
 def attention_inputs(
-    document_ids: Tensor, document_mask: bool, device: torch.device | str | None = None
+    document_ids: Tensor,
+    document_mask: bool,
+    device: torch.device | str | None = None,
+    context: Context | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for the decoder's forward pass that say who may see whom in this micro-batch.
 
     `document_ids` is `[rows, seq]`: a new document starts wherever the id changes. With `document_mask` off every row
     is one document. `device` is the model's, by default that of `document_ids`; ids that lie on the CPU save a GPU
     synchronisation, because the choice of the kernel depends on their values.
+
+    With `context` the decoder gets this process's stretch of the tokens and of their positions, and `document_ids` are
+    still those of the whole rows, the same on all processes that share them (`RowBatch.share` makes both).
     """
     target = document_ids.device if device is None else torch.device(device)
     inputs: dict[str, Any] = {
@@ -43,6 +52,8 @@ def attention_inputs(
         "packing_mask": None,
         "packing_segments": None,
         "packing_boundaries": None,
+        "packing_context": context,
+        "packing_seq": None if context is None else document_ids.shape[1],
     }
     changes = document_ids[:, 1:] != document_ids[:, :-1]  # [rows, seq - 1]
     if not document_mask or not bool(changes.any()):
@@ -67,46 +78,34 @@ def cheaptrain_attention(
     packing_mask: Tensor | None = None,
     packing_segments: Tensor | None = None,
     packing_boundaries: Tensor | None = None,
+    packing_context: Context | None = None,
+    packing_seq: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of `query` `[rows, heads, seq, head_dim]` over `key`, `value` `[rows, kv_heads, seq, head_dim]`.
 
-    Returns `[rows, seq, heads, head_dim]` and None (no weights), as transformers wants it. Raises CheaptrainError when
-    the inputs of `attention_inputs` are missing or the module asks for something this function would not honour.
+    Returns `[rows, seq, heads, head_dim]` and None (no weights), as transformers wants it. Under a context `seq` is
+    this process's stretch of the row, here and there. Raises CheaptrainError when the inputs of `attention_inputs` are
+    missing or the module asks for something this function would not honour.
     """
-    _refuse_what_is_not_honoured(module, query, key, attention_mask, packing, others)
-    grouped = query.shape[1] != key.shape[1]
+    processes = 1 if packing_context is None else packing_context.size
+    seq = query.shape[2] * processes
+    if packing_seq is not None and packing_seq != seq:
+        raise CheaptrainError(
+            f"{type(module).__name__} was given {query.shape[2]} tokens of each row by each of {processes} processes, "
+            f"and rows have {packing_seq}: every process takes its own stretch of them"
+        )
+    _refuse_what_is_not_honoured(module, seq, key.shape[2] * processes, attention_mask, packing, others)
     if torch.is_autocast_enabled(query.device.type):
         # Norms of queries and keys answer in fp32. SDPA is on autocast's list and would cast them, varlen_attn is not.
         compute = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(compute), key.to(compute), value.to(compute)
-    if packing == VARLEN:
-        if query.dtype in (torch.bfloat16, torch.float16):
-            if dropout > 0:
-                raise CheaptrainError(
-                    f"attention dropout is {dropout}, which the GPU kernel for packed documents does not do: set the "
-                    "model's attention dropout to 0 in model.overrides, or data.document_mask = false"
-                )
-            assert packing_boundaries is not None
-            return _variable_length(query, key, value, packing_boundaries, scaling), None
-        # The variable-length kernel knows half precision only. fp32 on a GPU is for checking, not for speed.
-        assert packing_segments is not None
-        packing_mask = _document_causal_mask(packing_segments)
-    if packing_mask is not None:
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=packing_mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped
-        )
-    elif query.is_cuda:
-        # cuDNN first: SDPA left to itself takes flash, which is a third slower forward and backward on Hopper GPUs.
-        with sdpa_kernel(_GPU_KERNELS, set_priority=True):
-            output = F.scaled_dot_product_attention(
-                query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
-            )
-    else:
-        output = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
-        )
-    return output.transpose(1, 2), None
+    if packing_context is not None:
+        query, key, value = heads_for_tokens((query, key, value), packing_context)
+    output = _attend(query, key, value, dropout, scaling, packing, packing_mask, packing_segments, packing_boundaries)
+    if packing_context is not None:
+        output = tokens_for_heads(output, packing_context)
+    return output, None
 
 
 # Registered with AttentionInterface alone. Left unknown to the mask interface, transformers builds no mask at all and
@@ -142,16 +141,60 @@ _GPU_KERNELS = [
 _VARLEN_KNOWS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.13 does, 2.11 does not
 
 
-def _refuse_what_is_not_honoured(
-    module: nn.Module,
+def _attend(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
+    dropout: float,
+    scaling: float | None,
+    packing: str | None,
+    mask: Tensor | None,
+    segments: Tensor | None,
+    boundaries: Tensor | None,
+) -> Tensor:
+    """The right kernel for whole rows: `[rows, heads, seq, dim]` → `[rows, seq, heads, dim]`."""
+    if packing == VARLEN:
+        if query.dtype in (torch.bfloat16, torch.float16):
+            if dropout > 0:
+                raise CheaptrainError(
+                    f"attention dropout is {dropout}, which the GPU kernel for packed documents does not do: set the "
+                    "model's attention dropout to 0 in model.overrides, or data.document_mask = false"
+                )
+            assert boundaries is not None
+            return _variable_length(query, key, value, boundaries, scaling)
+        # The variable-length kernel knows half precision only. fp32 on a GPU is for checking, not for speed.
+        assert segments is not None
+        mask = _document_causal_mask(segments)
+    grouped = query.shape[1] != key.shape[1]
+    if mask is not None:
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+        )
+    elif query.is_cuda:
+        # cuDNN first: SDPA left to itself takes flash, which is a third slower forward and backward on Hopper GPUs.
+        with sdpa_kernel(_GPU_KERNELS, set_priority=True):
+            output = F.scaled_dot_product_attention(
+                query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+            )
+    else:
+        output = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
+    return output.transpose(1, 2)
+
+
+def _refuse_what_is_not_honoured(
+    module: nn.Module,
+    seq: int,
+    key_seq: int,
     attention_mask: Tensor | None,
     packing: str | None,
     others: dict[str, Any],
 ) -> None:
-    """Raise rather than attend to something else than the module asked for. Looks at Python values and shapes only."""
-    seq = query.shape[2]
+    """Raise rather than attend to something else than the module asked for. Looks at Python values and shapes only.
+
+    `seq` and `key_seq` are the lengths of whole rows.
+    """
     if packing is None:
         raise CheaptrainError(
             f"{type(module).__name__} was called without document boundaries, so documents would see each other: pass "
@@ -162,9 +205,9 @@ def _refuse_what_is_not_honoured(
             f"{type(module).__name__} was given an attention_mask besides the document boundaries: rows here have no "
             "padding; leave attention_mask out, or use plain_twin(model)"
         )
-    if key.shape[2] != seq:
+    if key_seq != seq:
         raise CheaptrainError(
-            f"{type(module).__name__} attends from {seq} to {key.shape[2]} positions (a cache, or another sequence): "
+            f"{type(module).__name__} attends from {seq} to {key_seq} positions (a cache, or another sequence): "
             "training attention takes whole rows only; to generate, use plain_twin(model)"
         )
     if getattr(module, "is_causal", True) is False:
