@@ -2,7 +2,8 @@
 
 The parent hands each worker one task at a time over a socket pair and waits for any of them to answer. A worker that
 dies closes its socket, which ends the wait at once: the command stops with the worker's name, its signal and its unit,
-and never hangs on an answer that cannot come.
+and never hangs on an answer that cannot come. Workers hear no signals that ask to stop (`interrupt.py`): they end when
+the parent does, or when it kills them.
 """
 
 import os
@@ -15,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
+from cheaptrain.data.interrupt import deaf_children
 from cheaptrain.data.worker import Setup, Task
 from cheaptrain.errors import CheaptrainError
 
@@ -63,16 +65,12 @@ class Pool:
                 yield worker.hear()
 
     def close(self) -> None:
-        """End all workers, also in the middle of a unit."""
+        """End all workers, also in the middle of a unit: what is half-written has another name and is cleared away."""
         for worker in self._workers:
             worker.connection.close()
-            worker.process.terminate()
+            worker.process.kill()
         for worker in self._workers:
-            try:
-                worker.process.wait(_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
+            worker.process.wait()
 
 
 class _Worker:
@@ -83,7 +81,7 @@ class _Worker:
             "TOKENIZERS_PARALLELISM": "false",  # one core a worker; there are as many workers as cores
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         }
-        with theirs:
+        with theirs, deaf_children():
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "cheaptrain.data.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],

@@ -20,6 +20,7 @@ from rich.console import Console
 from cheaptrain.data.display import PrepareProgress, print_table
 from cheaptrain.data.encode import EncoderSpec
 from cheaptrain.data.files import InputHashes
+from cheaptrain.data.interrupt import Interrupted, Interruption, interruptible, same_command
 from cheaptrain.data.lock import lock_directory
 from cheaptrain.data.manifest import Manifest, describe_others, source_directory, source_settings
 from cheaptrain.data.pool import Pool
@@ -45,7 +46,7 @@ def prepare_recipe(
     """Prepare the tokenizer and every source with a weight. Returns the manifests of the sources that are whole.
 
     `shard` (k, n): do only part k of n, k from 1. Raises RecipeError (impossible shard), PreflightError (input, space,
-    permission, another run), CheaptrainError (a worker died), StoppedError (Ctrl-C); finished units are always kept.
+    permission, another run), CheaptrainError (a worker died), StoppedError (a signal); finished units are always kept.
     """
     console = console or Console()
     k, n = shard or (1, 1)
@@ -55,25 +56,12 @@ def prepare_recipe(
         raise RecipeError(
             f"data.unit_bytes = {recipe.data.unit_bytes}: at least {_LEAST_UNIT_BYTES:,} bytes of text a unit"
         )
-    started = time.monotonic()
     data_dir = Path(recipe.data.dir)
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        hashes = InputHashes(data_dir)
-        if recipe.tokenizer.train is not None:
-            train_tokenizer(recipe.tokenizer.train, recipe.data, hashes, console)
-        tokenizer = load_tokenizer(recipe.tokenizer, recipe.data)
-        with ExitStack() as locks:
-            works = _plan(recipe, (k, n), tokenizer, hashes, console, locks)
-            encoder = tokenizer.encoder_spec()
-            _check_space(works, data_dir, encoder)
-            _do_units(works, recipe.data.workers, Setup(encoder, tokenizer.token_bytes()), console)
-            for work in works:
-                work.survey()  # other shards went on meanwhile
-            missing = {work.job.source.name: work.missing() for work in works}
-            manifests = {work.job.source.name: work.finish(encoder) for work in works if not work.missing()}
-    except KeyboardInterrupt:
-        raise StoppedError("stopped; finished units are kept: run the same command again to go on") from None
+        with interruptible() as interruption, ExitStack() as locks:
+            return _prepare(recipe, (k, n), console, interruption, locks)
+    except Interrupted as request:
+        raise StoppedError(f"{request}: stopped; finished units are kept: {same_command()}") from None
     except PermissionError as error:
         raise PreflightError(f"{error.filename}: no permission to write; change its owner, or set data.dir") from error
     except (FileExistsError, NotADirectoryError) as error:
@@ -81,11 +69,34 @@ def prepare_recipe(
     except OSError as error:
         remedy = "; make room, or set data.dir to another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise CheaptrainError(f"{error.filename or data_dir}: {error.strerror or error}{remedy}") from error
+
+
+def _prepare(
+    recipe: Recipe, shard: tuple[int, int], console: Console, interruption: Interruption, locks: ExitStack
+) -> list[Manifest]:
+    started = time.monotonic()
+    data_dir = Path(recipe.data.dir)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    hashes = InputHashes(data_dir)
+    if recipe.tokenizer.train is not None:
+        train_tokenizer(recipe.tokenizer.train, recipe.data, hashes, console)
+    tokenizer = load_tokenizer(recipe.tokenizer, recipe.data)
+    interruption.check()
+    works = _plan(recipe, shard, tokenizer, hashes, console, locks)
+    encoder = tokenizer.encoder_spec()
+    _check_space(works, data_dir, encoder)
+    _do_units(works, recipe.data.workers, Setup(encoder, tokenizer.token_bytes()), console, interruption)
+    for work in works:
+        work.survey()  # other shards went on meanwhile
+    missing = {work.job.source.name: work.missing() for work in works}
+    manifests = {work.job.source.name: work.finish(encoder) for work in works if not work.missing()}
     print_table(console, works, manifests, time.monotonic() - started)
     for name, units in missing.items():
         if units:
             listed = ", ".join(map(str, units[:8])) + (", ..." if len(units) > 8 else "")
-            say(console, f"source {name}: unit {listed} not done yet by the other shards of {n}: run those again")
+            say(
+                console, f"source {name}: unit {listed} not done yet by the other shards of {shard[1]}: run those again"
+            )
     return list(manifests.values())
 
 
@@ -147,7 +158,7 @@ def _check_space(works: Sequence[Work], data_dir: Path, encoder: EncoderSpec) ->
         )
 
 
-def _do_units(works: Sequence[Work], workers: int, setup: Setup, console: Console) -> None:
+def _do_units(works: Sequence[Work], workers: int, setup: Setup, console: Console, interruption: Interruption) -> None:
     """Hand out wanted units, in order, until none is wanted and none is under way."""
     waiting = sum(1 for work in works for _ in work.wanted())
     if not waiting:
@@ -155,6 +166,7 @@ def _do_units(works: Sequence[Work], workers: int, setup: Setup, console: Consol
     by_name = {work.job.source.name: work for work in works}
     with Pool(min(workers or _cores(), waiting), setup) as pool, PrepareProgress(works, console) as progress:
         while True:
+            interruption.check()
             while pool.idle and (task := _next_task(works)):
                 pool.submit(task)
             if not pool.busy:
