@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cheaptrain.checkpoint.paths import RunDirectory
+from cheaptrain.checkpoint.state_files import read_scalars, read_tensors, stored_tensors
 from cheaptrain.checkpoint.verify import Checkpoint, Report
 from cheaptrain.checkpoint.write import CheckpointParts, ProofFailed, save_checkpoint
+from cheaptrain.parallel.processes import Processes
 
+ALONE = Processes(0, 1, 0, torch.device("cpu"), None, None)  # type: ignore[arg-type]  # with nobody to talk to
 LINEAGE = {"identity_sha256": "a" * 64, "inputs": {"tokenizer": "b" * 64}}
 
 
@@ -24,10 +27,6 @@ def parts(step: int, size: int = 64, **changes: Any) -> CheckpointParts:
     """The parts of a checkpoint at `step`; `size` numbers of weights, three times as many of state."""
     state = {f"optimizer/w/{key}": weights(step, size) + k for k, key in enumerate(("exp_avg", "exp_avg_sq", "more"))}
 
-    def write_model(folder: Path) -> None:
-        (folder / "config.json").write_text('{"model_type": "fake"}')
-        save_file({"w": weights(step, size)}, folder / "model.safetensors")
-
     def prove(folder: Path) -> dict[str, Any]:
         difference = (load_file(folder / "model.safetensors")["w"] - weights(step, size)).abs().max().item()
         if difference:
@@ -35,13 +34,13 @@ def parts(step: int, size: int = 64, **changes: Any) -> CheckpointParts:
         return {"max_abs_difference": difference}
 
     given: dict[str, Any] = {
-        "write_model": write_model,
-        "write_tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "weights": {"w": weights(step, size)},
+        "files": {"config.json": b'{"model_type": "fake"}', "tokenizer.json": b"{}"},
         "prove": prove,
         "recipe": {"train": {"steps": 1000}},
         "tokens_seen": step * 10,
         "lineage": LINEAGE,
-        "state_tensors": {**state, "rng/torch": torch.get_rng_state()},
+        "state_tensors": state,
         "state_scalars": {"step": step, "loss": 1 / 3},
     }
     return CheckpointParts(**given | changes)
@@ -53,8 +52,8 @@ def unexpected(message: str) -> None:
 
 
 def save(run: RunDirectory, step: int, size: int = 64, report: Report = unexpected, **changes: Any) -> Path:
-    """Save a fake checkpoint."""
-    return save_checkpoint(run, step=step, parts=parts(step, size, **changes), report=report)
+    """Save a fake checkpoint, while everything waits."""
+    return save_checkpoint(run, step=step, parts=parts(step, size, **changes), processes=ALONE, report=report)
 
 
 def assert_is_step(checkpoint: Checkpoint | None, step: int, size: int = 64) -> None:
@@ -63,9 +62,11 @@ def assert_is_step(checkpoint: Checkpoint | None, step: int, size: int = 64) -> 
     assert checkpoint.step == step
     assert load_file(checkpoint.path / "model.safetensors")["w"].equal(weights(step, size))
     assert json.loads((checkpoint.path / "config.json").read_text()) == {"model_type": "fake"}
-    tensors, scalars = checkpoint.load_state()
+    state = checkpoint.path / "state"
+    tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in stored_tensors(state).items()}
+    read_tensors(state, tensors)
     assert tensors["optimizer/w/exp_avg"].equal(weights(step, size))
-    assert scalars == {"step": step, "loss": 1 / 3}
+    assert read_scalars(state) == {"step": step, "loss": 1 / 3}
 
 
 def names(folder: Path) -> set[str]:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import fake_checkpoints as fake
-from cheaptrain.checkpoint import rundir, write
-from cheaptrain.checkpoint.write import finish, prune
+from cheaptrain.checkpoint import rundir
+from cheaptrain.checkpoint.retention import finish, prune
 from cheaptrain.checkpoint.jsonl import JsonLines, read_records
 from cheaptrain.checkpoint.paths import DELETING, WRITING
 from cheaptrain.checkpoint.rundir import open_run
@@ -25,7 +25,8 @@ from cheaptrain.checkpoint.verify import newest_good, verify_checkpoint
 STEPS, SIZE = 400, 20_000
 
 def open_it(path, report=lambda message: None):
-    return open_run(path, recipe={}, provenance={}, identity={"seed": 1}, inputs={}, steps=STEPS, report=report)
+    what = {"recipe": {}, "provenance": {}, "identity": {"seed": 1}, "inputs": {}}
+    return open_run(path, **what, steps=lambda checkpoint: STEPS, report=report)
 
 def train(path, last=STEPS):
     # A run that saves every 10 steps, keeps two, and links its last checkpoint.
@@ -41,7 +42,7 @@ def train(path, last=STEPS):
                 fake.save(run, step, SIZE)
                 if step == STEPS:
                     finish(run, step)
-                prune(run, keep_last=2, keep_every_steps=None)
+                prune(run, keep_last=2, keeps=lambda step: False)
 
 def kill_at_call(number):
     # Die just before the given one of the calls that changes the disk in a way a reader could see.

@@ -29,7 +29,7 @@ def test_a_flipped_bit_in_any_file_is_noticed_and_the_file_named(run: RunDirecto
     save(run, 100)
     folder = save(run, 200)
     files = listed_files(folder)
-    assert {"model.safetensors", "recipe.json", "state/trainer.json", "state/model-00001-of-00001.safetensors"} < {
+    assert {"model.safetensors", "recipe.json", "state/trainer.json", "state/process-00000-00000.safetensors"} < {
         *files
     }
     for name in files:
@@ -165,7 +165,7 @@ def test_a_stranger_in_state_is_refused_and_elsewhere_ignored(run: RunDirectory)
     (folder / "eval").mkdir()
     (folder / "eval" / "state.json").write_text("mine")
     assert verify_checkpoint(folder) == []
-    shutil.copy(folder / "state" / "model-00001-of-00001.safetensors", folder / "state" / "model-00002.safetensors")
+    shutil.copy(folder / "state" / "process-00000-00000.safetensors", folder / "state" / "model-00002.safetensors")
     (problem,) = verify_checkpoint(folder)
     assert problem.file == "state/model-00002.safetensors"
 
@@ -173,10 +173,23 @@ def test_a_stranger_in_state_is_refused_and_elsewhere_ignored(run: RunDirectory)
 def test_a_later_format_is_named_and_not_guessed_at(run: RunDirectory) -> None:
     folder = save(run, 100)
     manifest = json.loads((folder / "manifest.json").read_text())
-    changed = {key: value for key, value in manifest.items() if key != "sha256"} | {"format_version": 2}
+    changed = {key: value for key, value in manifest.items() if key != "sha256"} | {"format_version": 3}
     (folder / "manifest.json").write_text(json.dumps(seal(changed)))
     (problem,) = verify_checkpoint(folder)
-    assert "version 2" in str(problem)
+    assert "version 3" in str(problem)
+
+
+def test_a_checkpoint_of_the_first_format_is_named_and_its_weights_can_be_started_from(run: RunDirectory) -> None:
+    folder = save(run, 100)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    changed = {key: value for key, value in manifest.items() if key != "sha256"} | {"format_version": 1}
+    (folder / "manifest.json").write_text(json.dumps(seal(changed)))
+    with pytest.raises(PreflightError, match=r"of format version 1, and a run goes on from version 2 only.*init_from"):
+        newest_good(run, lambda message: None)
+    assert verify_init_from(folder).step == 100
+    flip(folder / "model.safetensors", 8 * 90)
+    with pytest.raises(PreflightError, match=r"model\.safetensors: has other bytes"):
+        verify_init_from(folder)
 
 
 def test_a_new_stage_does_not_start_from_a_damaged_checkpoint(run: RunDirectory) -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_checkpoints import assert_is_step, names, parts, save, unexpected
+from fake_checkpoints import ALONE, assert_is_step, names, parts, save, unexpected
 
 from cheaptrain.checkpoint.jsonl import JsonLines, read_records
+from cheaptrain.checkpoint.retention import finish
 from cheaptrain.checkpoint.rundir import OpenedRun, open_run
 from cheaptrain.checkpoint.verify import Report
-from cheaptrain.checkpoint.write import finish, save_checkpoint
+from cheaptrain.checkpoint.write import save_checkpoint
 from cheaptrain.errors import CheaptrainError, PreflightError
 
 TESTS = Path(__file__).parent
@@ -35,7 +36,7 @@ def opened(path: Path, report: Report = unexpected, **changes: Any) -> OpenedRun
         "provenance": {"train.lr": "recipes/x.toml:12", "seed": "default"},
         "identity": IDENTITY,
         "inputs": INPUTS,
-        "steps": STEPS,
+        "steps": lambda checkpoint: STEPS,
         "report": report,
     }
     return open_run(path, **given | changes)
@@ -62,7 +63,8 @@ def test_a_run_is_fresh_then_resumed_then_done(path: Path) -> None:
     with opened(path) as run:
         assert run.decision == "fresh"  # nothing was saved yet
         for step in (100, 200):
-            save_checkpoint(run.directory, step=step, parts=parts(step, recipe=run.recipe, lineage=run.lineage))
+            made = parts(step, recipe=run.recipe, lineage=run.lineage)
+            save_checkpoint(run.directory, step=step, parts=made, processes=ALONE)
     with opened(path) as run:
         assert (run.decision, run.resumed_step) == ("resume", 200)
         assert_is_step(run.checkpoint, 200)
@@ -212,7 +214,7 @@ from pathlib import Path
 from cheaptrain.errors import PreflightError
 from cheaptrain.checkpoint.rundir import open_run
 try:
-    open_run(Path(sys.argv[1]), recipe={}, provenance={}, identity={}, inputs={}, steps=1, report=print)
+    open_run(Path(sys.argv[1]), recipe={}, provenance={}, identity={}, inputs={}, steps=lambda c: 1, report=print)
 except PreflightError as error:
     print(error)
 """

@@ -12,7 +12,9 @@ from pathlib import Path
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 WRITING = ".writing-"
 DELETING = ".deleting-"
-_TEMPORARY_FILES = (".recipe.json-", ".metrics.jsonl-", ".samples.jsonl-", ".final-")
+SHARED = ".shared-"
+STACKS = "stacks"  # in the run folder: where each process stood when the job hung
+_TEMPORARY_FILES = (".recipe.json-", ".metrics.jsonl-", ".samples.jsonl-", ".final-", SHARED)
 
 
 def step_of(folder: Path) -> int | None:

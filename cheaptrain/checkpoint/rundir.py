@@ -9,19 +9,21 @@ decide.
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from cheaptrain.checkpoint.lock import RunLock
-from cheaptrain.checkpoint.paths import RunDirectory, step_of
+from cheaptrain.checkpoint.paths import STACKS, RunDirectory, step_of
+from cheaptrain.checkpoint.retention import finish, set_aside
+from cheaptrain.checkpoint.shared import check_shared
 from cheaptrain.checkpoint.verify import Checkpoint, Report, newest_good, seal
-from cheaptrain.checkpoint.write import finish, set_aside
 from cheaptrain.durable import canonical_json, fingerprint, replace_json
 from cheaptrain.errors import PreflightError
-from cheaptrain.recipe.identity import identity_difference
+from cheaptrain.parallel.processes import Processes
+from cheaptrain.recipe.identity import BATCH, identity_difference
 
 FORMAT_VERSION = 1
 Decision = Literal["fresh", "resume", "done"]
@@ -29,14 +31,14 @@ Decision = Literal["fresh", "resume", "done"]
 
 @dataclass
 class OpenedRun:
-    """A run directory that this process holds the lock of, and what to do in it."""
+    """A run directory and what to do in it. The main process holds its lock."""
 
     directory: RunDirectory
     decision: Decision
     checkpoint: Checkpoint | None  # verified; None when fresh
     recipe: Mapping[str, Any]  # what recipe.json holds; the same goes into each checkpoint
     lineage: Mapping[str, Any]  # identity and input hashes, for each checkpoint's manifest
-    lock: RunLock
+    lock: RunLock | None  # None on the other processes
 
     @property
     def resumed_step(self) -> int | None:
@@ -45,7 +47,8 @@ class OpenedRun:
 
     def close(self) -> None:
         """Give the lock back."""
-        self.lock.release()
+        if self.lock is not None:
+            self.lock.release()
 
     def __enter__(self) -> "OpenedRun":
         return self
@@ -63,15 +66,15 @@ def open_run(
     provenance: Mapping[str, str],
     identity: Mapping[str, Any],
     inputs: Mapping[str, Any],
-    steps: int,
+    steps: Callable[[Checkpoint], int],
     report: Report,
 ) -> OpenedRun:
     """Take the lock on the run at `path` and decide what to do there.
 
-    `identity` is the recipe without its operational keys, `inputs` names every input and its hash, `steps` is where
-    the run ends; `report` is told of everything passed over, set aside or removed. Raises PreflightError when
-    another process trains here, the recipe or an input changed, the folder holds something else, only damaged
-    checkpoints are there, or it cannot be written.
+    `identity` is the recipe without its operational keys, `inputs` names every input and its hash. `steps` says where
+    the run ends when it goes on from that checkpoint. `report` is told of everything passed over, set aside or
+    removed. Raises PreflightError when another process trains here, the recipe or an input changed, the folder holds
+    something else, only damaged checkpoints are there, or it cannot be written.
     """
     run = RunDirectory(path)
     given = {"recipe": recipe, "provenance": provenance, "identity": identity, "inputs": inputs}
@@ -102,16 +105,41 @@ def open_run(
     return OpenedRun(run, decision, checkpoint, content, lineage(identity, inputs), lock)
 
 
+def open_run_together(path: Path, processes: Processes, **given: Any) -> OpenedRun:
+    """`open_run` on the main process, which checks hashes for all; what it found, or its error, on every process.
+
+    `given` are the other arguments of `open_run`. Raises PreflightError as well when not all processes see the folder.
+    Collective.
+    """
+    locks: list[RunLock | None] = []
+
+    def work() -> OpenedRun:
+        opened = open_run(path, **given)
+        locks.append(opened.lock)
+        return replace(opened, lock=None)
+
+    opened = replace(processes.on_main(work), lock=locks[0] if locks else None)
+    try:
+        check_shared(path, processes)
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
 def lineage(identity: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What each checkpoint of a run says in its manifest about where it comes from."""
     return {"identity_sha256": fingerprint(identity), "inputs": dict(inputs)}
 
 
-def _latest(run: RunDirectory, steps: int, report: Report) -> tuple[Checkpoint | None, bool]:
+def _latest(
+    run: RunDirectory, steps_from: Callable[[Checkpoint], int], report: Report
+) -> tuple[Checkpoint | None, bool]:
     """The checkpoint to go on from, if any, and whether the run is already done."""
     checkpoint = newest_good(run, report)
     if checkpoint is None:
         return None, False
+    steps = steps_from(checkpoint)
     if checkpoint.step > steps:
         raise PreflightError(f"{checkpoint.path} is beyond step {steps}, where this recipe ends; give another run.dir")
     if checkpoint.step == steps:
@@ -131,7 +159,8 @@ def _refuse_foreign_folder(run: RunDirectory) -> None:
         raise PreflightError(f"run.dir {run.path} is a file; give a folder")
     if run.path.is_dir() and not run.recipe.exists():
         # The lock and a recipe.json half-written may be there of a run killed in its first second.
-        other = [item.name for item in sorted(run.path.iterdir()) if item != run.lock and not item.name.startswith(".")]
+        ours = {run.lock.name, STACKS}
+        other = [p.name for p in sorted(run.path.iterdir()) if p.name not in ours and not p.name.startswith(".")]
         if steps := run.steps():
             raise PreflightError(
                 f"run.dir {run.path} holds checkpoints but has lost its recipe.json; "
@@ -171,7 +200,7 @@ def _refuse_changes(run: RunDirectory, content: Mapping[str, Any]) -> None:
             f"{run.recipe} is damaged ({error}); copy the recipe.json of a folder in {run.checkpoints} over it"
         ) from error
     lines = []
-    for line in identity_difference(kept["identity"], content["identity"]):
+    for line in identity_difference(kept["identity"], content["identity"], BATCH):
         origin = content["provenance"].get(line.partition(": ")[0])
         lines.append(f"{line} ({origin})" if origin else line)
     before, after = _flat(kept["inputs"]), _flat(content["inputs"])

@@ -1,21 +1,19 @@
-"""Optimizer moments and random states as plain named tensors.
+"""Optimizer moments as plain named tensors.
 
 torch numbers an optimizer's parameters in the order they were handed over, so its own state_dict puts moments on the
 wrong matrix, without a word, when groups are put together in another order. Here every moment is filed under its
 parameter's name, and a name too many or too few is an error. Learning rates and other settings are not filed: they
-come from the recipe. Random states are tensors too, because pickling them (the usual way) would make a checkpoint
-run code when it is read.
+come from the recipe. Nor are random states: every step seeds them anew.
 """
 
-import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cheaptrain.checkpoint.tensor_files import Entry
 from cheaptrain.errors import PreflightError
 
 _PREFIX = "optimizer/"
@@ -46,13 +44,14 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     optimizers: Optimizer | Iterable[Optimizer],
     names: Mapping[nn.Parameter, str],
-    tensors: Mapping[str, Tensor],
+    stored: Mapping[str, Entry],
     scalars: Mapping[str, Any],
+    read: Callable[[Mapping[str, Tensor]], None],
 ) -> None:
-    """Put back what `optimizer_tensors` gave, bit for bit, on each parameter's device. Other tensors are not looked at.
+    """Put back what `optimizer_tensors` gave, bit for bit, laid out and placed like each parameter.
 
-    Raises PreflightError that names each parameter and tensor missing, left over, or of another shape or optimizer;
-    then nothing was changed.
+    `stored` says what tensors there are, `read` fills those it is given by name. Raises PreflightError that names each
+    parameter and tensor missing, left over, or of another shape or optimizer; then nothing was changed.
     """
     owners, entries = _owners(optimizers, names), scalars["parameters"]
     wrong = [f"{name}: not in the checkpoint" for name in owners.keys() - entries.keys()]
@@ -64,64 +63,29 @@ def load_optimizer_tensors(
         if here != saved:
             wrong.append(f"{name}: saved of {saved[0]} with shape {saved[1]}, here {here[0]} with shape {here[1]}")
         expected |= {f"{_PREFIX}{name}/{key}" for key in entry["tensors"]}
-    wrong += [f"{name}: missing" for name in expected - tensors.keys()]
+    wrong += [f"{name}: missing" for name in expected - stored.keys()]
     if not wrong:
-        found = {name for name in tensors if name.startswith(_PREFIX)}
-        wrong += [f"{name}: belongs to no parameter" for name in found - expected]
+        wrong += [f"{name}: belongs to no parameter" for name in stored.keys() - expected]
     if wrong:
         more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise PreflightError(f"the optimizer state does not fit this model: {'; '.join(sorted(wrong)[:10])}{more}")
-    for name, (parameter, optimizer, group) in owners.items():
-        entry = entries[name]
-        state = dict(entry["values"])
-        for key in entry["tensors"]:
-            # Only fused and capturable optimizers count their steps on the device.
-            on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
-            state[key] = tensors[f"{_PREFIX}{name}/{key}"].to("cpu" if on_host else parameter.device, copy=True)
-        if state:
+    states = {
+        name: {key: _room(stored[f"{_PREFIX}{name}/{key}"], key, parameter, group) for key in entries[name]["tensors"]}
+        for name, (parameter, _, group) in owners.items()
+    }
+    read({f"{_PREFIX}{name}/{key}": room for name, state in states.items() for key, room in state.items()})
+    for name, (parameter, optimizer, _) in owners.items():
+        if state := {**entries[name]["values"], **states[name]}:
             optimizer.state[parameter] = state
 
 
-def rng_tensors() -> dict[str, Tensor]:
-    """Random states of Python, numpy, torch on the CPU and, if there is one, on this process's GPU."""
-    version, words, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state(legacy=False)
-    if numpy_state["bit_generator"] != "MT19937":
-        raise ValueError(f"numpy's global generator is {numpy_state['bit_generator']}, not the MT19937 it comes with")
-    state = {
-        "rng/python": torch.tensor([version, *words], dtype=torch.int64),
-        "rng/python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "rng/numpy": torch.tensor(
-            [*numpy_state["state"]["key"].tolist(), numpy_state["state"]["pos"]], dtype=torch.int64
-        ),
-        "rng/numpy_gauss": torch.tensor([numpy_state["has_gauss"], numpy_state["gauss"]], dtype=torch.float64),
-        "rng/torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["rng/cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_rng(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Put back what `rng_tensors` gave; returns the names without a place here (a GPU's state without a GPU).
-
-    Raises PreflightError when a state is missing.
-    """
-    needed = ["rng/python", "rng/python_gauss", "rng/numpy", "rng/numpy_gauss", "rng/torch"]
-    if missing := [name for name in needed if name not in tensors]:
-        raise PreflightError(f"the checkpoint lacks random states: {', '.join(missing)}")
-    version, *words = tensors["rng/python"].tolist()
-    gauss = tensors["rng/python_gauss"].tolist()
-    random.setstate((version, tuple(words), gauss[0] if gauss else None))
-    *key, position = tensors["rng/numpy"].tolist()
-    has_gauss, cached = tensors["rng/numpy_gauss"].tolist()
-    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, int(has_gauss), cached))
-    torch.set_rng_state(tensors["rng/torch"])
-    if "rng/cuda" in tensors and not torch.cuda.is_available():
-        return ["rng/cuda"]
-    if "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"])
-    return []
+def _room(stored: Entry, key: str, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
+    """An empty tensor for what is stored: laid out like the parameter when it has its shape, else whole everywhere."""
+    if stored.shape == tuple(parameter.shape) and key != "step":
+        return torch.empty_like(parameter, dtype=stored.dtype, requires_grad=False)
+    # Only fused and capturable optimizers count their steps on the device.
+    on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
+    return torch.empty(stored.shape, dtype=stored.dtype, device="cpu" if on_host else parameter.device)
 
 
 def _owners(

@@ -1,77 +1,125 @@
 """The `state/` folder of a checkpoint: what a resumed run needs besides the weights.
 
-Tensors go through torch.distributed.checkpoint with its safetensors writer (its usual format is pickled), numbers
-into trainer.json. Two traps: the writer builds each file in memory before it writes it, so tensors are spread over
-files of at most a gigabyte; and its errors arrive wrapped in an exception that is no Exception, so `except
-Exception` lets a full disk through.
+Numbers go into trainer.json. Tensors go into safetensors files that each process writes by itself, its own blocks, with
+a note of where each block begins: the format of torch.distributed.checkpoint's HuggingFaceStorageWriter, read by its
+HuggingFaceStorageReader into whatever layout the processes have by then. It is not written by that library, because it
+builds each file whole in memory and meanwhile stops the other threads (see tensor_files.py). Two traps of its reader:
+a stretch that no file holds is left as it was, without a word; and its errors arrive wrapped in an exception that is
+no Exception.
 """
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 
-from cheaptrain.durable import write_json
+from cheaptrain.checkpoint.blocks import Block, Piece, Shape
+from cheaptrain.checkpoint.tensor_files import SUFFIX, Entry, TensorFile, TensorReader
+from cheaptrain.checkpoint.together import ProofFailed
+from cheaptrain.errors import PreflightError
 
-_BYTES_PER_FILE = 2**30
+TRAINER = "trainer.json"
+
+_BYTES_PER_FILE = 2**30  # files are hashed side by side, so a few are faster than one
 
 
-def write_state(folder: Path, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-    """Write trainer.json and model-*.safetensors into `folder`, which must not be there yet.
+def write_state(
+    folder: Path, pieces: Mapping[str, Sequence[Piece]], blocks: Mapping[str, Block], rank: int
+) -> list[Path]:
+    """Write the blocks that `pieces` gives to process `rank` into `folder`, which must be there, and compare what was
+    written with them, bit for bit; returns the files.
 
-    Every name, dtype and shape is looked up again in the written files. Raises OSError or SafetensorError when the
-    disk cannot, ValueError when a scalar is not finite or a tensor did not arrive.
+    Raises OSError when the disk cannot, ProofFailed when what it gives back is something else.
     """
-    folder.mkdir()
-    write_json(folder / "trainer.json", dict(scalars))
-    if not tensors:
+    mine = {name: blocks[name] for name, parts in pieces.items() if any(part.rank == rank for part in parts)}
+    groups: list[dict[str, Block]] = []
+    filled = 0
+    for name, block in mine.items():
+        if not groups or filled + block.data.nbytes > _BYTES_PER_FILE:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = block
+        filled += block.data.nbytes
+    return [_write(folder / f"process-{rank:05d}-{n:05d}{SUFFIX}", group) for n, group in enumerate(groups)]
+
+
+def read_scalars(folder: Path) -> dict[str, Any]:
+    """What was given as scalars."""
+    scalars: dict[str, Any] = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
+    return scalars
+
+
+def stored_tensors(folder: Path) -> dict[str, Entry]:
+    """Dtype and shape of every tensor in the safetensors files of `folder`, wherever its pieces are.
+
+    Raises PreflightError when the pieces of one do not make a whole, or stand twice.
+    """
+    found = {}
+    for name, stored in _read_metadata(folder).items():
+        shape: Shape = tuple(stored.size)
+        there = sum(prod(chunk.sizes) for chunk in stored.chunks)
+        if there != prod(shape):
+            raise PreflightError(
+                f"{folder}: {name} has {there:,} numbers in its files and {prod(shape):,} by its shape {list(shape)}: "
+                "a file is missing, or one is there that does not belong"
+            )
+        found[name] = Entry(stored.properties.dtype, shape)
+    return found
+
+
+def read_tensors(folder: Path, targets: Mapping[str, Tensor]) -> None:
+    """Fill `targets` (DTensors or not, on any device) from the safetensors files of `folder`: each process reads what
+    it holds of them, whatever layout wrote them. Each must be there, in that shape: see `stored_tensors`.
+
+    Raises PreflightError when a file cannot be read.
+    """
+    if not targets:
         return
-    # safetensors takes only whole, row-major tensors; for most this is the same tensor, not a copy.
-    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with _single_process():
-        dcp.save(whole, storage_writer=HuggingFaceStorageWriter(str(folder), _spread(whole)), no_dist=True)
-    written = {name: (tuple(m.size), m.properties.dtype) for name, m in _read_metadata(folder).items()}
-    asked = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in whole.items()}
-    if written != asked:
-        wrong = sorted(name for name in written.keys() | asked.keys() if written.get(name) != asked.get(name))
-        raise ValueError(f"{folder}: not written as given: {', '.join(wrong[:5])}")
+    try:
+        with torch.no_grad(), _by_itself():
+            dcp.load(dict(targets), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except (OSError, SafetensorError) as error:
+        raise PreflightError(f"{folder} cannot be read: {error}") from error
 
 
-def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU, bit for bit as written) and scalars of a `state/` folder."""
-    scalars = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in _read_metadata(folder).items()}
-    if tensors:
-        with _single_process():
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    return tensors, scalars
-
-
-def _spread(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """File number (from 1) of each tensor, filled in order up to the limit."""
-    number, filled, files = 1, 0, {}
-    for name, tensor in tensors.items():
-        if filled and filled + tensor.nbytes > _BYTES_PER_FILE:
-            number, filled = number + 1, 0
-        files[name] = number
-        filled += tensor.nbytes
-    return files
+def _write(path: Path, blocks: Mapping[str, Block]) -> Path:
+    entries = {name: Entry(block.data.dtype, tuple(block.data.shape)) for name, block in blocks.items()}
+    begins = {name: {"saved_offsets": list(block.place.offsets)} for name, block in blocks.items()}
+    file = TensorFile(path, entries, {"DCP_SHARDING_INFO": json.dumps(begins), "DCP_VERSION": "1.0", "format": "pt"})
+    try:
+        for name in file.names:
+            file.write(name, blocks[name].data)
+    except BaseException:
+        file.abandon()
+        raise
+    file.close()
+    with TensorReader(path) as reader:
+        for name, block in blocks.items():
+            if not reader.holds(name, block, (0,) * block.data.dim()):
+                raise ProofFailed(f"{path}: {name} was not written as it is in training")
+    return path
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
-    return dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+    try:
+        with _by_itself():
+            return dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise PreflightError(f"{folder} cannot be read: {error}") from error
 
 
 @contextmanager
-def _single_process() -> Iterator[None]:
-    """Silence the library's remark that there is one process, and unwrap the error it wraps."""
+def _by_itself() -> Iterator[None]:
+    """Silence the library's remark that processes are not asked, and unwrap the error it wraps."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:

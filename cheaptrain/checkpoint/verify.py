@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from cheaptrain.checkpoint.paths import RunDirectory, step_of
-from cheaptrain.checkpoint.state_files import read_state
 from cheaptrain.durable import fingerprint, sha256_of_all
 from cheaptrain.errors import PreflightError
 
@@ -24,10 +21,14 @@ MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 STATE = "state"
 FORMAT = "cheaptrain checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: state/ of one process, with random states; the folder beside it is the same
 
 Report = Callable[[str], None]
 
+_FIRST_FORMAT = (
+    f"is of format version 1, and a run goes on from version {FORMAT_VERSION} only: finish it with the cheaptrain that "
+    "wrote it, or start a new stage from its weights with model.init_from"
+)
 _MODEL_SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model"}
 
 
@@ -54,15 +55,6 @@ class Checkpoint:
     def has_state(self) -> bool:
         """Whether a run can go on from it, or only a new stage start."""
         return any(name.startswith(f"{STATE}/") for name in self.manifest["files"])
-
-    def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors (on the CPU) and scalars as given to save_checkpoint. Raises PreflightError if saved without."""
-        if not self.has_state:
-            raise PreflightError(
-                f"{self.path}: saved without optimizer state (checkpoint.state_in_final = false), so the run cannot "
-                "go on from it; start a new stage from it with model.init_from"
-            )
-        return read_state(self.path / STATE)
 
 
 @dataclass(frozen=True)
@@ -103,9 +95,12 @@ def examine(path: Path, *, hashes: bool = True, state: bool = True) -> tuple[dic
         return None, [Problem(MANIFEST, f"is not what was written ({error})")]
     if sealed != manifest:
         return None, [Problem(MANIFEST, "is not what was written (its content does not match its own sha256)")]
-    if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
-        version = manifest.get("format_version")
-        return None, [Problem(MANIFEST, f"is of format version {version}; this cheaptrain reads {FORMAT_VERSION}")]
+    version = manifest.get("format_version")
+    if manifest.get("format") != FORMAT or (version != FORMAT_VERSION and (version != 1 or state)):
+        told = (
+            _FIRST_FORMAT if version == 1 else f"is of format version {version}; this cheaptrain reads {FORMAT_VERSION}"
+        )
+        return None, [Problem(MANIFEST, told)]
     problems = []
     named = step_of(path)
     if named is not None and named != manifest["step"]:

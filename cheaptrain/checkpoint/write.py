@@ -1,10 +1,14 @@
-"""Writing checkpoints: all of one, or nothing.
+"""Writing checkpoints: all of one, or nothing, by however many processes.
 
 A checkpoint is a transformers folder with `state/` beside the weights for resuming. It is written under a temporary
-name, put on the disk, hashed, proven (the weights just written give the logits of the live model), described in
-manifest.json and only then renamed, which the file system does at once or not at all. The trap is the error path: a
-full disk is met in the middle of a save, so every way out removes the temporary folder, and the older checkpoints
-are touched only after the new one stands.
+name, put on the disk, hashed, proven, described in manifest.json and only then renamed, which the file system does at
+once or not at all. That is two phases. `prepare` happens between two steps, with all processes: is there space, and
+what lies on each of them now. `write_checkpoint` may happen while training goes on: each process writes its part, reads
+its own slices again and tells the main one, which proves the whole and commits it.
+
+The trap is the error path: a full disk is met in the middle of a save, by one process of many, so every way out goes
+through all of them, the temporary folder goes when nobody writes into it any more, and the older checkpoints are
+touched only after the new one stands.
 
 `SaveFailed` (no space, a disk error) costs one checkpoint and training may go on; `ProofFailed` means that what is
 written is not the model, so every later save would be as wrong, and the run stops.
@@ -14,20 +18,23 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 
 import cheaptrain
-from cheaptrain.checkpoint.paths import DELETING, WRITING, RunDirectory
-from cheaptrain.checkpoint.state import restore_rng, rng_tensors
-from cheaptrain.checkpoint.state_files import write_state
+from cheaptrain.checkpoint.blocks import Block, deal, local_block, places_of
+from cheaptrain.checkpoint.paths import WRITING, RunDirectory
+from cheaptrain.checkpoint.retention import set_aside
+from cheaptrain.checkpoint.snapshot import Buffers, live_blocks
+from cheaptrain.checkpoint.state_files import TRAINER, write_state
+from cheaptrain.checkpoint.together import ProofFailed, SaveFailed, all_do, gather, is_disk_trouble, on_first
 from cheaptrain.checkpoint.verify import (
     FORMAT,
     FORMAT_VERSION,
@@ -38,10 +45,11 @@ from cheaptrain.checkpoint.verify import (
     examine,
     listed_files,
     seal,
-    verify_checkpoint,
 )
-from cheaptrain.durable import canonical_json, sha256_of_all, sync, sync_tree, write_json
+from cheaptrain.checkpoint.weights import compare_weights, files_of_weights, owners_of, write_index, write_weights
+from cheaptrain.durable import canonical_json, sha256_of, sync, sync_tree, write_json
 from cheaptrain.errors import CheaptrainError
+from cheaptrain.parallel.processes import Processes
 
 _log = logging.getLogger(__name__)
 
@@ -50,124 +58,128 @@ _SAFE_SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md"}
 _SPARE_BYTES = 2**20  # for file system bookkeeping and small files
 
 
-class SaveFailed(CheaptrainError):
-    """A checkpoint could not be written. The older ones are intact, the temporary folder is gone, the run may go on."""
-
-
-class ProofFailed(CheaptrainError):
-    """What was written is not the live model. The run must stop: no later save can be trusted either."""
-
-
 @dataclass(frozen=True)
 class CheckpointParts:
-    """What goes into a checkpoint. The callables keep this module from knowing any model class."""
+    """What goes into a checkpoint. `weights` and `state_tensors` are the live ones, sharded or not, by name; of the
+    rest only the main process's counts. Bytes and callables keep this module from knowing any model class."""
 
-    write_model: Callable[[Path], None]  # config.json, generation_config.json, model*.safetensors
-    write_tokenizer: Callable[[Path], None]
-    prove: Callable[[Path], Mapping[str, Any]]  # reload from the folder, compare logits; its figures go to the manifest
+    weights: Mapping[str, Tensor]
+    files: Mapping[str, bytes]  # config.json, generation_config.json, the tokenizer's: by path in the folder
+    prove: Callable[[Path], Mapping[str, Any]]  # from the folder alone; raises ProofFailed; figures for the manifest
     recipe: Mapping[str, Any]  # resolved recipe and where each value came from
     tokens_seen: int
     lineage: Mapping[str, Any]  # identity and input hashes
     state_tensors: Mapping[str, Tensor] | None = field(default_factory=dict)  # None: save without state
     state_scalars: Mapping[str, Any] = field(default_factory=dict)
-    estimated_bytes: int | None = None  # of the whole checkpoint; default: the last one's, or reckoned from the state
+    estimated_bytes: int | None = None  # of the whole checkpoint; default: reckoned from the tensors
 
 
-def save_checkpoint(run: RunDirectory, *, step: int, parts: CheckpointParts, report: Report = _log.warning) -> Path:
-    """Write the checkpoint of `step` and return its folder.
+@dataclass(frozen=True)
+class Attempt:
+    """A save that all processes have agreed to make, and what this one holds for it."""
 
-    A good checkpoint of the same step, tokens and lineage that is already there is kept and nothing is written; a
-    damaged one is set aside under another name; both go to `report`. Raises SaveFailed or ProofFailed; in both
-    cases, as with any other way out, nothing of the attempt is left.
+    step: int
+    target: Path
+    temporary: Path | None  # None: the checkpoint is there already
+    parts: CheckpointParts
+    weights: Mapping[str, Block] = field(default_factory=dict)
+    state: Mapping[str, Block] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that stands."""
+
+    path: Path
+    nbytes: int  # written for it; 0 when it was there already
+
+
+Files = dict[str, dict[str, Any]]  # size and SHA-256 by name, as the manifest has them
+
+
+def prepare(
+    run: RunDirectory,
+    *,
+    step: int,
+    parts: CheckpointParts,
+    processes: Processes,
+    buffers: Buffers | None = None,
+    report: Report = _log.warning,
+) -> Attempt:
+    """Agree on the save of `step` and take what this process holds: a copy in `buffers`, or without them the live
+    tensors, which then may not change until it is written. Collective, on the training thread.
+
+    A good checkpoint of the same step, tokens and lineage that is already there is kept and nothing will be written; a
+    damaged one is set aside under another name; both go to `report`. Raises SaveFailed.
     """
     target = run.step(step)
-    temporary = run.checkpoints / f"{WRITING}{target.name}-{os.getpid()}"
+    temporary = processes.on_main(lambda: _make_room(run, target, parts, report))
+    if temporary is None:
+        return Attempt(step, target, None, parts)
+    take = buffers.copy if buffers is not None else live_blocks
+    taken: Mapping[str, Block] = {}
+    trouble = ""
     try:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        if _already_there(target, parts, report):
-            return target
-        _check_space(run, parts)
-        temporary.mkdir()
-        _write(temporary, step, parts)
-        os.rename(temporary, target)
-        sync(run.checkpoints)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SaveFailed | ProofFailed) or not _is_disk_trouble(error):
-            raise
-        left = f" ({temporary} could not be removed)" if temporary.exists() else ""
+        # One call: what a call of `copy` gave is overwritten by the next.
+        taken = take({**_named("weights", parts.weights), **_named("state", parts.state_tensors or {})})
+    except (RuntimeError, MemoryError) as error:  # memory that a GPU can copy to is scarce, and not on all alike
+        trouble = f"process {processes.rank} has no memory for its copy: {' '.join(str(error).split())}"
+    except BaseException:
+        if processes.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if troubles := [found for found in processes.all_of(trouble) if found]:
+        if processes.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise SaveFailed(
-            f"checkpoint of step {step} not saved in {run.checkpoints}: {error}{left}. "
-            "The older checkpoints are intact. Free space there, or lower checkpoint.keep_last, or give another run.dir"
-        ) from error
-    return target
+            f"checkpoint of step {step} not saved: {troubles[0]}. Set checkpoint.asynchronous = false, which needs none"
+        )
+    weights, state = (_unnamed(kind, taken) for kind in ("weights", "state"))
+    return Attempt(step, target, temporary, parts, weights, state)
 
 
-def prune(
-    run: RunDirectory, *, keep_last: int, keep_every_steps: int | None, report: Report = _log.warning
-) -> list[Path]:
-    """Delete what the recipe does not keep, after a save that succeeded; returns what was deleted.
+def write_checkpoint(attempt: Attempt, processes: Processes, then: Callable[[Path], None] = lambda path: None) -> Saved:
+    """Write what was prepared, prove it, give it its name, and call `then` on the main process. Collective, over the
+    group of saving, on any thread.
 
-    Kept: the newest `keep_last`, every multiple of `keep_every_steps`, and the one that `final` points to. Nothing
-    is deleted when the newest is not whole (by presence and size). A folder loses its name before its files, so no
-    reader and no crash ever meets half of one.
+    Raises SaveFailed or ProofFailed on all processes; in both cases, as with any other way out before the renaming,
+    nothing of the attempt is left. Raises CheaptrainError when a process is gone: then the next start clears up.
     """
-    folders = run.steps()
-    if not folders:
-        return []
-    if problems := verify_checkpoint(folders[-1], hashes=False):
-        report(f"no old checkpoint deleted, because the newest is damaged: {folders[-1]}: {problems[0]}")
-        return []
-    kept = set(folders[-max(1, keep_last) :])
-    kept |= {folder for folder in folders if keep_every_steps and int(folder.name[5:]) % keep_every_steps == 0}
-    if run.final.is_symlink():
-        kept.add(run.checkpoints / run.final.readlink().name)
-    deleted = [folder for folder in folders if folder not in kept]
-    for folder in deleted:
-        doomed = run.checkpoints / f"{DELETING}{folder.name}-{os.getpid()}"
-        try:
-            os.rename(folder, doomed)
-            sync(run.checkpoints)
-            shutil.rmtree(doomed)
-        except OSError as error:
-            report(f"old checkpoint {folder} not deleted: {error}")
-    return deleted
+    nbytes = 0
+    if attempt.temporary is not None:
+        with _all_or_nothing(attempt, processes):
+            files = _write_parts(attempt, processes)
+            nbytes = on_first(processes, lambda: _commit(attempt, files, processes))
+    on_first(processes, lambda: then(attempt.target))
+    return Saved(attempt.target, nbytes)
 
 
-def finish(run: RunDirectory, step: int) -> Path:
-    """Point `final` at the checkpoint of `step`, at once; returns the link. Raises CheaptrainError when it cannot."""
-    target = run.step(step)
-    if problems := verify_checkpoint(target, hashes=False):
-        raise CheaptrainError(f"{target} cannot become {run.final}: {problems[0]}")
-    temporary = run.path / f".final-{os.getpid()}"
-    try:
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target.relative_to(run.path), target_is_directory=True)
-        os.replace(temporary, run.final)
-        sync(run.path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheaptrainError(
-            f"{run.final} cannot be pointed at {target}: {error}. "
-            "The checkpoint itself is whole and can be used by its path"
-        ) from error
-    return run.final
-
-
-def set_aside(folder: Path, report: Report) -> Path:
-    """Rename a damaged checkpoint so that nothing takes it for one; nothing is deleted."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.bad-{number}")).exists():
-        number += 1
-    os.rename(folder, aside)
-    sync(folder.parent)
-    report(f"damaged checkpoint {folder.name} set aside as {aside}")
-    return aside
+def save_checkpoint(
+    run: RunDirectory, *, step: int, parts: CheckpointParts, processes: Processes, report: Report = _log.warning
+) -> Path:
+    """`prepare` and `write_checkpoint` in one, while training waits; returns the folder."""
+    return write_checkpoint(prepare(run, step=step, parts=parts, processes=processes, report=report), processes).path
 
 
 def unsafe_files(folder: Path) -> list[str]:
     """Files below `folder` that have no place in a checkpoint."""
     return [name for name in listed_files(folder) if Path(name).suffix not in _SAFE_SUFFIXES]
+
+
+def _make_room(run: RunDirectory, target: Path, parts: CheckpointParts, report: Report) -> Path | None:
+    """The empty temporary folder; None when the checkpoint is there already."""
+    try:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        if _already_there(target, parts, report):
+            return None
+        _check_space(run, parts)
+        temporary = run.checkpoints / f"{WRITING}{target.name}-{os.getpid()}"
+        temporary.mkdir()
+        if parts.state_tensors is not None:
+            (temporary / STATE).mkdir()
+    except OSError as error:
+        raise _save_failed(target, error) from error
+    return temporary
 
 
 def _already_there(target: Path, parts: CheckpointParts, report: Report) -> bool:
@@ -186,7 +198,9 @@ def _already_there(target: Path, parts: CheckpointParts, report: Report) -> bool
 
 
 def _check_space(run: RunDirectory, parts: CheckpointParts) -> None:
-    needed = _SPARE_BYTES + (parts.estimated_bytes or _estimate(run, parts))
+    tensors = [*parts.weights.values(), *(parts.state_tensors or {}).values()]
+    reckoned = sum(local_block(tensor)[0].whole_nbytes for tensor in tensors)
+    needed = _SPARE_BYTES + (parts.estimated_bytes or reckoned + sum(map(len, parts.files.values())))
     free = shutil.disk_usage(run.checkpoints).free
     if free < needed:
         raise SaveFailed(
@@ -196,36 +210,58 @@ def _check_space(run: RunDirectory, parts: CheckpointParts) -> None:
         )
 
 
-def _estimate(run: RunDirectory, parts: CheckpointParts) -> int:
-    state = sum(tensor.nbytes for tensor in (parts.state_tensors or {}).values())
-    newest = run.steps()[-1:]
-    names = [(folder, name) for folder in newest for name in listed_files(folder)]
-    without_state = parts.state_tensors is None
-    last = sum((f / n).stat().st_size for f, n in names if not (without_state and n.startswith(f"{STATE}/")))
-    # AdamW keeps two moments a weight, so weights and state are at most three halves of the state.
-    return max(last, state + state // 2)
+def _write_parts(attempt: Attempt, processes: Processes) -> Files:
+    """Every process's part, on the disk, hashed and read again; sizes and hashes of all files with tensors."""
+    folder = attempt.temporary
+    assert folder is not None
+    held = gather(processes, (places_of(attempt.weights), places_of(attempt.state)))
+    shapes = {name: place for places, _ in held for name, place in places.items()}
+    weight_files = files_of_weights({name: shapes[name] for name in sorted(shapes)})
+    owners = owners_of(weight_files, processes.size)
+    owner_of = {name: owners[file] for file, names in weight_files.items() for name in names}
+    weights = deal([places for places, _ in held], owner_of.__getitem__)
+    state = deal([places for _, places in held])
+
+    def write() -> Files:
+        written = write_weights(folder, weight_files, weights, attempt.weights, processes)
+        if processes.is_main:
+            write_index(folder, weight_files, shapes)
+        if attempt.parts.state_tensors is not None:
+            written += write_state(folder / STATE, state, attempt.state, processes.rank)
+        return _facts(folder, written)
+
+    files = {name: facts for part in all_do(processes, write) for name, facts in part.items()}
+    all_do(processes, lambda: compare_weights(folder, weight_files, attempt.weights))
+    return files
 
 
-def _write(folder: Path, step: int, parts: CheckpointParts) -> None:
-    """Fill `folder` and put all of it on the disk, manifest last."""
-    parts.write_model(folder)
-    parts.write_tokenizer(folder)
+def _commit(attempt: Attempt, files: Files, processes: Processes) -> int:
+    """What the main process does alone: small files, proof, manifest, and the name. Returns the bytes of all files."""
+    folder, parts = attempt.temporary, attempt.parts
+    assert folder is not None
+    for name, content in parts.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
     write_json(folder / RECIPE, dict(parts.recipe))
     if parts.state_tensors is not None:
-        write_state(folder / STATE, parts.state_tensors, parts.state_scalars)
+        write_json(folder / STATE / TRAINER, dict(parts.state_scalars))
     names = listed_files(folder)
     if unsafe := unsafe_files(folder):
         raise ProofFailed(
             f"a checkpoint holds safetensors and JSON only, nothing that could be pickled: {', '.join(unsafe)}"
         )
     sync_tree(folder)
-    hashes = sha256_of_all(folder / name for name in names)
+    files = files | _facts(folder, [folder / name for name in names if name not in files])
+    for name, content in parts.files.items():
+        if (folder / name).read_bytes() != content:
+            raise ProofFailed(f"{folder / name} is not what was written")
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "step": step,
+        "step": attempt.step,
         "tokens_seen": parts.tokens_seen,
-        "files": {n: {"bytes": (folder / n).stat().st_size, "sha256": hashes[folder / n]} for n in names},
+        "processes": processes.size,
+        "files": files,
         "lineage": dict(parts.lineage),
         "proof": _proof(folder, parts),
         "versions": {
@@ -236,10 +272,20 @@ def _write(folder: Path, step: int, parts: CheckpointParts) -> None:
     }
     write_json(folder / MANIFEST, seal(manifest))
     sync(folder)
+    nbytes = (folder / MANIFEST).stat().st_size + sum(facts["bytes"] for facts in files.values())
+    os.rename(folder, attempt.target)
+    sync(attempt.target.parent)
+    return nbytes
+
+
+def _facts(folder: Path, paths: Iterable[Path]) -> Files:
+    """One after the other, unlike where a reader waits for it: training has better use for the processors."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths
+    }
 
 
 def _proof(folder: Path, parts: CheckpointParts) -> dict[str, Any]:
-    random_states = rng_tensors()
     try:
         proof = dict(parts.prove(folder))
     except CheaptrainError:
@@ -251,17 +297,39 @@ def _proof(folder: Path, parts: CheckpointParts) -> dict[str, Any]:
         raise ProofFailed(
             f"the weights just written cannot be loaded again: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        # Building a model draws random numbers; training must not depend on how often it is saved.
-        restore_rng(random_states)
     unfit = [key for key, value in proof.items() if isinstance(value, float) and not math.isfinite(value)]
     if unfit:
         raise ProofFailed(f"the proof of the weights just written is not finite: {', '.join(unfit)}")
     return proof
 
 
-def _is_disk_trouble(error: BaseException) -> bool:
-    """Whether the disk refused, however the library at hand says so (tokenizers raises a bare Exception)."""
-    if isinstance(error, OSError | SafetensorError):
-        return True
-    return isinstance(error, Exception) and "os error" in str(error)
+@contextmanager
+def _all_or_nothing(attempt: Attempt, processes: Processes) -> Iterator[None]:
+    """Whatever happens, no temporary folder stays; what the disk did becomes SaveFailed."""
+    assert attempt.temporary is not None
+    try:
+        yield
+    except BaseException as error:
+        # By now all have stopped writing: an error gets here only once each has reported, or when one of them is gone.
+        if processes.is_main:
+            shutil.rmtree(attempt.temporary, ignore_errors=True)
+        if isinstance(error, SaveFailed | ProofFailed) or not is_disk_trouble(error):
+            raise
+        left = f" ({attempt.temporary} could not be removed)" if attempt.temporary.exists() else ""
+        raise _save_failed(attempt.target, error, left if processes.is_main else "") from error
+
+
+def _save_failed(target: Path, error: BaseException, left: str = "") -> SaveFailed:
+    return SaveFailed(
+        f"checkpoint {target.name} (step {int(target.name[5:])}) not saved in {target.parent}: {error}{left}. "
+        "The older checkpoints are intact. Free space there, or lower checkpoint.keep_last, or give another run.dir"
+    )
+
+
+def _named(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{kind}:{name}": tensor for name, tensor in tensors.items()}
+
+
+def _unnamed(kind: str, blocks: Mapping[str, Block]) -> dict[str, Block]:
+    prefix = f"{kind}:"
+    return {name.removeprefix(prefix): block for name, block in blocks.items() if name.startswith(prefix)}

@@ -5,13 +5,14 @@ of ours stands in config.json, and `AutoModelForCausalLM.from_pretrained` and `l
 any other.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cheaptrain.errors import CheaptrainError
@@ -19,9 +20,20 @@ from cheaptrain.model.twin import plain_twin
 
 
 def save_model(model: PreTrainedModel, directory: Path) -> None:
-    """Write `model` to `directory`: safetensors weights, config.json, generation_config.json. Tied weights once."""
+    """Write `model`, whole on this process, to `directory`: safetensors weights, config.json, generation_config.json.
+    Tied weights once."""
     with no_progress_bars():
         plain_twin(model).save_pretrained(directory)
+
+
+def saved_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config that is saved with `model`: as transformers' `save_pretrained` would, with nothing of ours in it."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "sdpa"
+    config.use_cache = True
+    config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    return config
 
 
 def load_saved(directory: Path) -> PreTrainedModel:

@@ -1,55 +1,79 @@
-"""What goes into a checkpoint of a stage, and the proof that it is the live model.
+"""What goes into a checkpoint of a stage, and what the loop does about saving.
 
-`checkpoint/write.py` knows how to write one safely; here is what. A save that fails for lack of space costs that
-checkpoint, is counted, and training goes on; the last one of a run may not fail.
+`checkpoint/` knows how to write one safely; here is what. A save is started between two steps and written while
+training goes on; what came of it is taken up where all processes come by together: before the next save, when stopping,
+at the end. A save that fails for lack of space costs that checkpoint, is counted, and training goes on; the last one of
+a run may not fail.
 """
 
 import time
 from functools import partial
-from itertools import product
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from cheaptrain.checkpoint.state import optimizer_tensors, rng_tensors
-from cheaptrain.checkpoint.write import CheckpointParts, ProofFailed, SaveFailed, finish, prune, save_checkpoint
-from cheaptrain.data.tokenizer import load_tokenizer
+from cheaptrain.checkpoint.load import saved_tensors
+from cheaptrain.checkpoint.state import optimizer_tensors
+from cheaptrain.checkpoint.write import CheckpointParts
 from cheaptrain.errors import CheaptrainError
-from cheaptrain.model.proof import plain_twin
-from cheaptrain.model.saving import load_saved, save_model
-from cheaptrain.recipe.schema import Tokenizer
 from cheaptrain.say import say
+from cheaptrain.train.saving import allowed_difference, live_logits, prove_saved
 from cheaptrain.train.stage import Stage
 
 
-def save(stage: Stage, *, final: bool) -> Path | None:
-    """Save the stage as it stands after its last step; None when the disk refused and training may go on.
+def save(stage: Stage, *, final: bool) -> bool:
+    """Save the stage as it stands after its last step, in the background if the recipe says so and it is not `final`.
 
-    Raises SaveFailed for the last checkpoint of a run, ProofFailed whenever what was written is not the live model.
+    True when the checkpoint stands or is being written, False when the disk refused and training may go on. An earlier
+    save still under way is waited for. Raises SaveFailed for the last checkpoint of a run, ProofFailed whenever what
+    was written is not the live model. Collective.
     """
-    began, ledger = time.perf_counter(), stage.ledger
-    report = partial(say, stage.console)
+    began = time.perf_counter()
+    collect_save(stage)
     _sync_records(stage)  # first: a run goes on from a checkpoint and never writes again what led up to it
-    try:
-        path = save_checkpoint(stage.run, step=ledger.step, parts=_parts(stage, final), report=report)
-    except SaveFailed as error:
-        if final:
-            raise
+    started = stage.saving.saver.start(stage.ledger.step, _parts(stage, final), final=final, began=began)
+    if started and stage.saving.saver.asynchronous and not final:
+        return True
+    return collect_save(stage)
+
+
+def poll_save(stage: Stage) -> None:
+    """Take up what came of the save under way, if it is done on every process. Raises as `collect_save` does.
+    Collective."""
+    if stage.saving.saver.finished():
+        collect_save(stage)
+
+
+def collect_save(stage: Stage) -> bool:
+    """Wait for the save under way and take up what came of it; False when the disk refused. True when there is none.
+
+    Raises SaveFailed for the last checkpoint of a run, ProofFailed when what was written is not the live model.
+    Collective.
+    """
+    ledger = stage.ledger
+    # Once, not by the clock: a save that hangs on a dead disk must be found.
+    patience = stage.recipe.parallel.start_timeout
+    stage.watch.beat("waiting for a checkpoint", ledger.step, allow_seconds=patience)
+    outcome = stage.saving.saver.wait()
+    if outcome is None:
+        return True
+    stage.stop.note_save(outcome.seconds)
+    values: dict[str, Any] = {
+        "checkpoint/step": outcome.step,
+        "checkpoint/stall_seconds": outcome.stall_seconds,
+        "checkpoint/seconds": outcome.seconds,
+        "checkpoint/bytes": outcome.nbytes,
+    }
+    if outcome.failure is not None:
+        if outcome.final:
+            raise outcome.failure
         ledger.failed_saves += 1
-        stage.metrics.write(ledger.step, {"checkpoint/failed": ledger.failed_saves})
-        say(stage.console, f"{error}; training goes on", "yellow")
-        return None
-    if final:
-        finish(stage.run, ledger.step)
-    prune(
-        stage.run,
-        keep_last=stage.recipe.checkpoint.keep_last,
-        keep_every_steps=stage.resolved.keep_every,
-        report=report,
-    )
-    stage.metrics.write(ledger.step, {"checkpoint/seconds": time.perf_counter() - began})
-    return path
+        values = {"checkpoint/step": outcome.step, "checkpoint/failed": ledger.failed_saves}
+    for message in outcome.reports:
+        say(stage.console, message)
+    if outcome.failure is not None:
+        say(stage.console, f"{outcome.failure}; training goes on", "yellow")
+    # At the step where it is known, so that records stay in order; checkpoint/step says which save it was.
+    stage.metrics.write(ledger.step, values)
+    return outcome.failure is None
 
 
 def _sync_records(stage: Stage) -> None:
@@ -61,22 +85,24 @@ def _sync_records(stage: Stage) -> None:
             say(stage.console, f"{error} so far; training goes on", "yellow")
 
 
-def _save_tokenizer(stage: Stage, folder: Path) -> None:
-    stage.tokenizer.hf.save_pretrained(folder)
-
-
 def _parts(stage: Stage, final: bool) -> CheckpointParts:
-    with_state = not final or stage.recipe.checkpoint.state_in_final
+    form = stage.saving.form
+    stage.watch.beat("starting a checkpoint", stage.ledger.step)
+    logits = live_logits(stage.root, stage.proof_ids, stage.compute, stage.processes)
+    weights = saved_tensors(stage.model)  # after the forward pass: it makes parameters their shards again
     names = {parameter: name for name, parameter in stage.model.named_parameters()}
     tensors, scalars = optimizer_tensors(stage.optimizers, names)
+    with_state = not final or stage.recipe.checkpoint.state_in_final
     return CheckpointParts(
-        write_model=lambda folder: save_model(stage.model, folder),
-        write_tokenizer=lambda folder: _save_tokenizer(stage, folder),
-        prove=lambda folder: _prove(stage, folder),
+        weights=weights,
+        files=form.files if form else {},
+        prove=partial(
+            prove_saved, form, logits, stage.proof_ids.cpu(), allowed_difference(stage.processes, stage.compute)
+        ),
         recipe=stage.saved_recipe,
         tokens_seen=stage.ledger.tokens_seen,
         lineage=stage.lineage,
-        state_tensors={**tensors, **rng_tensors()} if with_state else None,
+        state_tensors=tensors if with_state else None,
         state_scalars={
             "ledger": stage.ledger.to_json(),
             "run_id": stage.run_id,
@@ -84,26 +110,3 @@ def _parts(stage: Stage, final: bool) -> CheckpointParts:
         },
         estimated_bytes=stage.checkpoint_bytes,
     )
-
-
-@torch.no_grad()
-def _prove(stage: Stage, folder: Path) -> dict[str, Any]:
-    """Reload from `folder` as anyone would, and compare every weight, the logits of fixed tokens, where generating
-    ends, and the tokenizer."""
-    saved: Any = load_saved(folder)
-    saved = saved.to(stage.compute.device).eval()
-    live = plain_twin(stage.model).eval()
-    written = dict(saved.named_parameters())
-    for name, parameter in live.named_parameters():
-        if name not in written or not torch.equal(written[name], parameter):
-            raise ProofFailed(f"{folder}: {name} was not written as it is in the live model")
-    difference = (saved(stage.proof_ids).logits - live(stage.proof_ids).logits).abs().max().item()
-    if difference != 0.0:
-        raise ProofFailed(f"{folder}: reloaded logits differ from the live model's by {difference:g}")
-    for part, key in product(("config", "generation_config"), ("bos_token_id", "eos_token_id", "pad_token_id")):
-        if getattr(getattr(saved, part), key) != getattr(getattr(live, part), key):
-            raise ProofFailed(f"{folder}: {key} of {part} is not what it is in the live model")
-    again = load_tokenizer(Tokenizer(path=str(folder)), stage.recipe.data)
-    if again.fingerprint != stage.tokenizer.fingerprint:
-        raise ProofFailed(f"{folder}: the tokenizer written is not the one trained with")
-    return {"max_abs_difference": difference, "tokens": stage.proof_ids.numel()}
