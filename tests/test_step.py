@@ -1,16 +1,23 @@
 """One optimizer step: accumulation, masks and packing must not change what is learnt."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from cheaptrain_kernels import linear_cross_entropy_reference
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from cheaptrain.data.rows import RowBatch
 from cheaptrain.model.build import build_model
 from cheaptrain.model.twin import plain_twin
+from cheaptrain.parallel.mesh import make_mesh
+from cheaptrain.parallel.parallelize import parallelize
+from cheaptrain.parallel.processes import join, leave
+from cheaptrain.parallel.root import Root
+from cheaptrain.recipe.layout import Layout
 from cheaptrain.recipe.schema import Model, Train
 from cheaptrain.train.objective import Compute, next_token
 from cheaptrain.train.optim import build_optimizers
@@ -58,16 +65,28 @@ def _split(batch: RowBatch, parts: int) -> list[RowBatch]:
     return [RowBatch(*piece, np.zeros(len(piece[0]), np.int64), int((piece[1] != -100).sum())) for piece in pieces]
 
 
-def _step(model: PreTrainedModel, batches: list[RowBatch], **changes: object) -> tuple[StepResult, list[torch.Tensor]]:
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    join(60)
+    yield make_mesh(Layout(), "cpu")
+    leave()
+
+
+def _step(
+    mesh: DeviceMesh, model: PreTrainedModel, batches: list[RowBatch], recompute: bool = False, **changes: object
+) -> tuple[StepResult, list[torch.Tensor]]:
     """One step with the gradients it used: the optimizer's own step is watched."""
     train = _train(**changes)
+    root = parallelize(model, mesh, recompute=recompute)
     optimizers = build_optimizers(model, train)
     gradients: list[torch.Tensor] = []
     optimizers[0].register_step_pre_hook(lambda *_: gradients.extend(p.grad.clone() for p in model.parameters()))
     result = train_step(
-        model,
+        root,
         optimizers,
         batches,
+        mesh=mesh,
+        sources=1,
         objective=next_token,
         compute=COMPUTE,
         learning_rate_factor=1.0,
@@ -77,21 +96,21 @@ def _step(model: PreTrainedModel, batches: list[RowBatch], **changes: object) ->
 
 
 @pytest.mark.parametrize("preset", ["tiny-qwen3", "tiny-llama", "tiny-llama4", "tiny-gpt2"])
-def test_accumulation_changes_neither_loss_nor_gradients(preset: str) -> None:
-    whole, gradients = _step(_model(preset), [_rows(8)], grad_clip=0.0)
+def test_accumulation_changes_neither_loss_nor_gradients(mesh: DeviceMesh, preset: str) -> None:
+    whole, gradients = _step(mesh, _model(preset), [_rows(8)], grad_clip=0.0)
     for parts in (2, 4):
-        result, split_gradients = _step(_model(preset), _split(_rows(8), parts), grad_clip=0.0)
+        result, split_gradients = _step(mesh, _model(preset), _split(_rows(8), parts), grad_clip=0.0)
         assert result.loss == pytest.approx(whole.loss, abs=1e-6)
         assert result.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
-        assert (result.supervised, result.tokens) == (whole.supervised, whole.tokens)
+        assert result.counts == whole.counts
         for ours, theirs in zip(split_gradients, gradients, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("preset", ["tiny-qwen3", "tiny-llama", "tiny-llama4", "tiny-gpt2"])
-def test_packed_rows_teach_what_their_documents_teach_one_by_one(preset: str) -> None:
+def test_packed_rows_teach_what_their_documents_teach_one_by_one(mesh: DeviceMesh, preset: str) -> None:
     batch = _rows(4)
-    packed, gradients = _step(_model(preset), [batch], grad_clip=0.0)
+    packed, gradients = _step(mesh, _model(preset), [batch], grad_clip=0.0)
     model = _model(preset)
     twin = plain_twin(model)
     total, count = torch.zeros(()), 0
@@ -102,28 +121,28 @@ def test_packed_rows_teach_what_their_documents_teach_one_by_one(preset: str) ->
             loss, _ = linear_cross_entropy_reference(logits, torch.eye(logits.shape[1]), batch.labels[row][here])
             total, count = total + loss, count + int((batch.labels[row][here] != -100).sum())
     (total / count).backward()
-    assert count == packed.supervised
+    assert count == packed.counts.supervised
     assert packed.loss == pytest.approx((total / count).item(), abs=1e-6)
     for ours, parameter in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(ours, parameter.grad, atol=2e-6, rtol=0)
 
 
-def test_a_micro_batch_without_supervised_tokens_adds_nothing() -> None:
+def test_a_micro_batch_without_supervised_tokens_adds_nothing(mesh: DeviceMesh) -> None:
     batch = _rows(4)
     empty = RowBatch(
         batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids, batch.document_ids, batch.sources, 0
     )
-    alone, gradients = _step(_model(), [batch])
-    both, with_empty = _step(_model(), [batch, empty])
+    alone, gradients = _step(mesh, _model(), [batch])
+    both, with_empty = _step(mesh, _model(), [batch, empty])
     assert both.loss == alone.loss
     for ours, theirs in zip(with_empty, gradients, strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_clipping_scales_the_gradient_of_the_whole_batch() -> None:
-    free, gradients = _step(_model(), _split(_rows(8), 2), grad_clip=0.0)
+def test_clipping_scales_the_gradient_of_the_whole_batch(mesh: DeviceMesh) -> None:
+    free, gradients = _step(mesh, _model(), _split(_rows(8), 2), grad_clip=0.0)
     limit = free.grad_norm / 2
-    clipped, smaller = _step(_model(), _split(_rows(8), 2), grad_clip=limit)
+    clipped, smaller = _step(mesh, _model(), _split(_rows(8), 2), grad_clip=limit)
     assert clipped.grad_norm == pytest.approx(free.grad_norm, rel=1e-6)  # reported before clipping
     norm = math.sqrt(sum(gradient.pow(2).sum().item() for gradient in smaller))
     assert norm == pytest.approx(limit, rel=1e-4)
@@ -131,7 +150,7 @@ def test_clipping_scales_the_gradient_of_the_whole_batch() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_that_is_not_finite_touches_no_weight_and_no_moment(optimizer: str) -> None:
+def test_a_step_that_is_not_finite_touches_no_weight_and_no_moment(mesh: DeviceMesh, optimizer: str) -> None:
     model = _model()
     batch = _rows(4)
     with torch.no_grad():
@@ -139,7 +158,15 @@ def test_a_step_that_is_not_finite_touches_no_weight_and_no_moment(optimizer: st
     before = [parameter.clone() for parameter in model.parameters()]
     optimizers = build_optimizers(model, _train(optimizer=optimizer))
     result = train_step(
-        model, optimizers, [batch], objective=next_token, compute=COMPUTE, learning_rate_factor=1.0, grad_clip=1.0
+        Root(model),
+        optimizers,
+        [batch],
+        mesh=mesh,
+        sources=1,
+        objective=next_token,
+        compute=COMPUTE,
+        learning_rate_factor=1.0,
+        grad_clip=1.0,
     )
     assert not result.applied
     assert math.isnan(result.loss)
@@ -168,11 +195,9 @@ def test_vectors_do_not_decay() -> None:
     assert {p.dim() for p in plain["params"]} == {1} and plain["weight_decay"] == 0.0
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
-    plain, gradients = _step(_model(), [_rows(4)])
-    model = _model()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    recomputed, again = _step(model, [_rows(4)])
+def test_activation_checkpointing_changes_no_gradient(mesh: DeviceMesh) -> None:
+    plain, gradients = _step(mesh, _model(), [_rows(4)])
+    recomputed, again = _step(mesh, _model(), [_rows(4)], recompute=True)
     assert recomputed.loss == plain.loss
     for ours, theirs in zip(again, gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=0)

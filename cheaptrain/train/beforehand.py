@@ -11,6 +11,9 @@ from pathlib import Path
 from cheaptrain.checkpoint.write import unsafe_files
 from cheaptrain.data.tokenizer import TextTokenizer, open_tokenizer
 from cheaptrain.errors import PreflightError, RecipeError
+from cheaptrain.model.build import meta_model
+from cheaptrain.model.context import check_context
+from cheaptrain.parallel.tensor import check_tensor_parallel, tensor_plan
 from cheaptrain.recipe.identity import identity
 from cheaptrain.recipe.load import LoadedRecipe
 from cheaptrain.train.metrics import refuse_missing_trackers
@@ -27,12 +30,14 @@ def refuse_disorder(recipes: Sequence[LoadedRecipe]) -> None:
 
 
 def refuse_later_failures(surveys: Sequence[Survey]) -> None:
-    """Raise PreflightError for prompts, trackers and tokenizers that a stage would only stumble over once it runs."""
+    """Raise PreflightError for prompts, trackers, tokenizers and layouts that a stage would only stumble over once it
+    runs."""
     problems, seen = [], set[str]()
     for survey in surveys:
         recipe, tokenizer = survey.loaded.recipe, survey.tokenizer
         found = check_prompts(tokenizer.hf, recipe.samples.prompts, survey.positions)
         problems += [f"{survey.loaded.path}: {problem}" for problem in found]
+        problems += [f"{survey.loaded.path}: {problem}" for problem in _cannot_be_laid_out(survey)]
         refuse_missing_trackers(recipe.log)
         if tokenizer.fingerprint not in seen:
             seen.add(tokenizer.fingerprint)
@@ -63,6 +68,18 @@ def _wrong_order(recipes: Sequence[LoadedRecipe]) -> Iterator[str]:
                 f"model.init_from: {loaded.path} starts from {start}, which {writer.path} has yet to write; name "
                 f"{writer.path} first"
             )
+
+
+def _cannot_be_laid_out(survey: Survey) -> Iterator[str]:
+    """Heads, or a class of model, that the processes cannot share as the recipe says."""
+    config, layout = survey.config, survey.resolved.layout
+    try:
+        check_tensor_parallel(config, layout.tp)
+        check_context(config, seq_len=survey.resolved.seq_len, cp=layout.cp, tp=layout.tp)
+        if layout.tp > 1:
+            tensor_plan(meta_model(config))
+    except PreflightError as error:
+        yield str(error)
 
 
 def _lost_in_saving(tokenizer: TextTokenizer) -> Iterator[str]:

@@ -18,90 +18,146 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.text import Text
 
-from cheaptrain.checkpoint.rundir import open_run
-from cheaptrain.checkpoint.verify import verify_init_from
+from cheaptrain.checkpoint.paths import STACKS, RunDirectory
+from cheaptrain.checkpoint.rundir import open_run_together
+from cheaptrain.checkpoint.state_files import read_scalars
+from cheaptrain.checkpoint.verify import STATE, Checkpoint, verify_init_from
 from cheaptrain.console import lasting_console
 from cheaptrain.data.manifest import verify_manifest
 from cheaptrain.durable import sha256_of
 from cheaptrain.errors import CheaptrainError, PreflightError, StoppedError
+from cheaptrain.launched import assert_started
 from cheaptrain.model.hub import model_folder
+from cheaptrain.parallel.processes import Processes, join, leave
+from cheaptrain.parallel.recorder import record_collectives
+from cheaptrain.parallel.watch import watch
 from cheaptrain.recipe.identity import identity
-from cheaptrain.recipe.load import load_recipe
+from cheaptrain.recipe.length import Done
+from cheaptrain.recipe.load import LoadedRecipe, load_recipe
 from cheaptrain.recipe.schema import Recipe
 from cheaptrain.report.plan import print_plan
 from cheaptrain.say import say
 from cheaptrain.train.beforehand import refuse_disorder, refuse_later_failures
+from cheaptrain.train.ledger import Ledger
 from cheaptrain.train.loop import train
 from cheaptrain.train.outcome import Outcome, outcome_of, print_outcomes
 from cheaptrain.train.setup import refuse_without_space, set_up
-from cheaptrain.train.signals import StopRequest, stop_on_signals
+from cheaptrain.train.signals import StopRequest, agreed_stop, stop_on_signals
 from cheaptrain.train.stage import Stage
-from cheaptrain.train.survey import Survey, survey_all
+from cheaptrain.train.survey import Survey, going_on, survey_all
 
 
 def run_chain(paths: Sequence[str], overrides: Sequence[str]) -> list[Outcome]:
-    """Run the recipes at `paths` in order and print what came of them."""
-    console = lasting_console(emoji=False)
+    """Run the recipes at `paths` in order, this process as one of all that were started; print what came of them."""
     _check_launcher()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
-    _check_processes(accelerator)
     recipes = [load_recipe(path, overrides) for path in paths]
     refuse_disorder(recipes)
-    surveys = survey_all(recipes, accelerator.num_processes)
-    refuse_later_failures(surveys)
-    for manifest in {m.directory: m for survey in surveys for m in survey.manifests.values()}.values():
-        verify_manifest(manifest)
-    outcomes = []
-    with stop_on_signals() as stop:
-        for survey in surveys:
-            if stop:
-                raise StoppedError(f"{stop.name}: stopped before {survey.loaded.name}. Run the same command to go on.")
-            outcomes.append(_run_stage(survey, stop, console))
-            gc.collect()
-    print_outcomes(outcomes, console)
+    limits = [loaded.recipe.run.max_time for loaded in recipes if loaded.recipe.run.max_time is not None]
+    with stop_on_signals(min(limits, default=None)) as stop:
+        record_collectives(Path(recipes[0].recipe.run.dir) / STACKS)
+        processes = join(max(loaded.recipe.parallel.start_timeout for loaded in recipes))
+        assert_started(processes.size)
+        try:
+            outcomes = _run_stages(recipes, processes, stop)
+        except CheaptrainError:
+            stop.finished()  # how all processes end is decided; what a launcher sends them now changes nothing
+            raise
+        leave()
     return outcomes
 
 
-def _run_stage(survey: Survey, stop: StopRequest, console: Console) -> Outcome:
-    loaded, resolved = survey.loaded, survey.resolved
+def _run_stages(recipes: Sequence[LoadedRecipe], processes: Processes, stop: StopRequest) -> list[Outcome]:
+    console = lasting_console(emoji=False) if processes.is_main else Console(quiet=True)
+    surveys = survey_all(recipes, processes.size, lambda loaded: processes.on_main(lambda: _done_before(loaded)))
+    processes.on_main(lambda: _check_all(surveys))
+    outcomes = []
+    for survey in surveys:
+        if agreed_stop(stop, processes):
+            raise StoppedError(f"{stop.name}: stopped before {survey.loaded.name}. Run the same command to go on.")
+        outcomes.append(_run_stage(survey, processes, stop, console))
+        gc.collect()
+    if processes.is_main:
+        print_outcomes(outcomes, console)
+    return outcomes
+
+
+def _check_all(surveys: Sequence[Survey]) -> None:
+    refuse_later_failures(surveys)
+    for manifest in {m.directory: m for survey in surveys for m in survey.manifests.values()}.values():
+        verify_manifest(manifest)
+
+
+def _done_before(loaded: LoadedRecipe) -> Done | None:
+    """What the newest checkpoint of the run says is behind it, at a glance; it is verified when the run is opened."""
+    for folder in reversed(RunDirectory(Path(loaded.recipe.run.dir)).steps()):
+        try:
+            return Ledger.from_json(read_scalars(folder / STATE)["ledger"]).done()
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged or without state: whether that matters is found out when the run is opened
+    return None
+
+
+def _run_stage(survey: Survey, processes: Processes, stop: StopRequest, console: Console) -> Outcome:
+    loaded = survey.loaded
     recipe = loaded.recipe
     console.rule(Text(loaded.name, "bold"))
-    inputs: dict[str, Any] = {
-        "tokenizer": survey.tokenizer.fingerprint,
-        "data": {name: manifest.fingerprint for name, manifest in survey.manifests.items()},
-    }
-    if recipe.model.config is not None:
-        inputs["config"] = sha256_of(model_folder(recipe.model) / "config.json")
-    if recipe.model.init_from is not None:
-        inputs["init_from"] = verify_init_from(model_folder(recipe.model)).fingerprint
-    with open_run(
+    report = partial(say, console)
+    with open_run_together(
         Path(recipe.run.dir),
+        processes,
         recipe=recipe.model_dump(mode="json"),
         provenance=loaded.provenance,
         identity=identity(recipe),
-        inputs=inputs,
-        steps=resolved.steps,
-        report=partial(say, console),
+        inputs=processes.on_main(lambda: _inputs(survey)),
+        steps=partial(_last_step, survey),
+        report=report,
     ) as opened:
+        if opened.checkpoint is not None:
+            survey = going_on(survey, _done_at(opened.checkpoint))
         if opened.decision == "done":
             say(console, f"{loaded.name} is done already: {opened.directory.final}")
-            return outcome_of(survey, "done before", 0.0, resolved.steps, partial(say, console))
-        print_plan(survey, console)
-        refuse_without_space(survey, opened)
+            return outcome_of(survey, "done before", 0.0, survey.resolved.steps, report)
+        processes.on_main(lambda: print_plan(survey, console))  # it may refuse, too
+        processes.on_main(lambda: refuse_without_space(survey, opened))
         trackers = Accelerator(
-            cpu=not torch.cuda.is_available(),
+            cpu=processes.device.type == "cpu",
             mixed_precision="no",
             log_with=list(recipe.log.trackers) or None,
             project_dir=opened.directory.path,
         )
-        with _memory_explained(recipe):
-            stage = set_up(survey, opened, trackers, stop=stop, console=console)
-        if opened.checkpoint is not None:
-            say(console, f"going on from {opened.checkpoint.path} ({stage.ledger.tokens_seen:,} tokens seen)")
-        began, from_step = time.perf_counter(), stage.ledger.step
-        with _records_closed(stage), _memory_explained(recipe):
-            train(stage)
-        return outcome_of(survey, "trained", time.perf_counter() - began, from_step, partial(say, console))
+        limits = recipe.parallel
+        with watch(processes, limits.start_timeout, limits.step_timeout, opened.directory.path / STACKS) as watcher:
+            with _memory_explained(recipe):
+                stage = set_up(survey, opened, trackers, processes, watch=watcher, stop=stop, console=console)
+            if opened.checkpoint is not None:
+                say(console, f"going on from {opened.checkpoint.path} ({stage.ledger.tokens_seen:,} tokens seen)")
+            began, from_step = time.perf_counter(), stage.ledger.step
+            with _records_closed(stage), _memory_explained(recipe):
+                train(stage)
+        return outcome_of(survey, "trained", time.perf_counter() - began, from_step, report)
+
+
+def _inputs(survey: Survey) -> dict[str, Any]:
+    """What the run is made from, each by its hash."""
+    model = survey.loaded.recipe.model
+    inputs: dict[str, Any] = {
+        "tokenizer": survey.tokenizer.fingerprint,
+        "data": {name: manifest.fingerprint for name, manifest in survey.manifests.items()},
+    }
+    if model.config is not None:
+        inputs["config"] = sha256_of(model_folder(model) / "config.json")
+    if model.init_from is not None:
+        inputs["init_from"] = verify_init_from(model_folder(model)).fingerprint
+    return inputs
+
+
+def _last_step(survey: Survey, checkpoint: Checkpoint | None) -> int:
+    """Where the run ends when it goes on from `checkpoint`: another batch makes other steps."""
+    return going_on(survey, _done_at(checkpoint)).resolved.steps if checkpoint else survey.resolved.steps
+
+
+def _done_at(checkpoint: Checkpoint) -> Done | None:
+    return Ledger.from_json(read_scalars(checkpoint.path / STATE)["ledger"]).done() if checkpoint.has_state else None
 
 
 @contextmanager
@@ -116,10 +172,14 @@ def _records_closed(stage: Stage) -> Iterator[None]:
             except CheaptrainError as error:
                 say(stage.console, str(error), "yellow")
         raise
-    try:
-        stage.metrics.close()
-    finally:
-        stage.samples.close()
+
+    def close() -> None:
+        try:
+            stage.metrics.close()
+        finally:
+            stage.samples.close()
+
+    stage.processes.on_main(close)
 
 
 @contextmanager
@@ -134,14 +194,6 @@ def _memory_explained(recipe: Recipe) -> Iterator[None]:
             f"train.loss_chunk_tokens (now {recipe.train.loss_chunk_tokens:,}), or set "
             "train.activation_checkpointing = true; a run goes on from its last checkpoint with any of them changed"
         ) from error
-
-
-def _check_processes(accelerator: Accelerator) -> None:
-    if accelerator.num_processes > 1:
-        raise PreflightError(
-            f"started as {accelerator.num_processes} processes; this version trains on one: "
-            "accelerate launch --num_processes 1 launch/run.py …"
-        )
 
 
 def _check_launcher() -> None:

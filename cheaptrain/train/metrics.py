@@ -17,10 +17,20 @@ from cheaptrain.errors import PreflightError
 from cheaptrain.recipe.schema import Log
 
 
+class Unwritten:
+    """Where records go on every process but the main one: nowhere."""
+
+    def append(self, record: Mapping[str, Any]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Metrics:
     """Writes one record to metrics.jsonl and to every tracker."""
 
-    def __init__(self, file: JsonLines, accelerator: Accelerator) -> None:
+    def __init__(self, file: JsonLines | Unwritten, accelerator: Accelerator) -> None:
         self.file = file
         self.accelerator = accelerator
         self._switched_off: set[str] = set()

@@ -1,39 +1,53 @@
 """What a stage teaches: from a batch of rows to a sum of losses.
 
 The loop knows nothing of objectives but this: each returns sums over supervised positions, never means. Dividing is
-done once, by the count of the whole global batch, in `step.py`.
+done once, by the count of the whole global batch, in `step.py`. With tensor parallelism the head is split by the
+vocabulary: the processes that share it compute one loss together, and all of them return the same sums.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from cheaptrain_kernels import linear_cross_entropy
+from cheaptrain_kernels import (
+    linear_cross_entropy,
+    token_losses,
+    vocab_parallel_linear_cross_entropy,
+    vocab_parallel_token_losses,
+)
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from cheaptrain.data.rows import RowBatch
 from cheaptrain.model.attention import attention_inputs
+from cheaptrain.model.context import Context
 from cheaptrain.model.parts import decoder, head
+
+_ROW_MULTIPLE = 64  # of rows that are not a batch: few lengths, and so few shapes
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How a forward pass is run: where, in which dtype, how many tokens' logits at once."""
+    """How a forward pass is run: where, in which dtype, how many tokens' logits at once, and who shares a row."""
 
     device: torch.device
     dtype: torch.dtype
     document_mask: bool
     loss_chunk_tokens: int
+    context: Context | None = None  # None: every process has its rows whole
 
     def autocast(self) -> torch.autocast:
         """bf16 compute over fp32 weights, or nothing at all in fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Sums over the supervised positions of one micro-batch; device scalars."""
+class Sums(NamedTuple):
+    """Sums over the supervised positions of one micro-batch; device scalars. A tuple, because FSDP looks for the
+    tensors of what a forward pass returns."""
 
     loss: Tensor
     correct: Tensor
@@ -45,22 +59,70 @@ Objective = Callable[[PreTrainedModel, RowBatch, Compute], Sums]
 def next_token(model: PreTrainedModel, batch: RowBatch, compute: Compute) -> Sums:
     """Cross-entropy of every supervised next token, in nats, summed."""
     with compute.autocast():
-        hidden = hidden_states(model, batch, compute)
-        loss, correct = linear_cross_entropy(
-            hidden.flatten(0, 1), head(model).weight, batch.labels.flatten(), chunk_tokens=compute.loss_chunk_tokens
-        )
+        hidden = hidden_states(model, batch, compute).flatten(0, 1)
+        weight, labels = head(model).weight, batch.labels.flatten()
+        if isinstance(weight, DTensor):
+            loss, correct = vocab_parallel_linear_cross_entropy(
+                hidden, weight.to_local(), labels, chunk_tokens=compute.loss_chunk_tokens, **_of_vocabulary(weight)
+            )
+        else:
+            loss, correct = linear_cross_entropy(hidden, weight, labels, chunk_tokens=compute.loss_chunk_tokens)
     return Sums(loss, correct)
 
 
+def losses_of_tokens(model: PreTrainedModel, batch: RowBatch, compute: Compute) -> Tensor:
+    """Cross-entropy of each position, `[rows * seq]` fp32 nats, 0 where there is no label. Without gradients."""
+    with compute.autocast():
+        hidden = hidden_states(model, batch, compute).flatten(0, 1)
+        weight, labels = head(model).weight, batch.labels.flatten()
+        if isinstance(weight, DTensor):
+            return vocab_parallel_token_losses(
+                hidden, weight.to_local(), labels, chunk_tokens=compute.loss_chunk_tokens, **_of_vocabulary(weight)
+            )
+        return token_losses(hidden, weight, labels, chunk_tokens=compute.loss_chunk_tokens)
+
+
 def hidden_states(model: PreTrainedModel, batch: RowBatch, compute: Compute) -> Tensor:
-    """Final hidden states `[rows, seq, hidden]` in the compute dtype; documents of a row do not see each other."""
+    """Final hidden states `[rows, seq, hidden]` in the compute dtype; documents of a row do not see each other.
+
+    With tensor parallelism every process of the `tp` axis gets all of them, and gives back its part of their gradient.
+    """
     output = decoder(model)(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
-        **attention_inputs(batch.document_ids, compute.document_mask, compute.device),
+        **attention_inputs(batch.document_ids, compute.document_mask, compute.device, context=compute.context),
     )
     # Under autocast the last norm answers in fp32; the head must not run in it.
-    return output.last_hidden_state.to(compute.dtype)
+    hidden = output.last_hidden_state.to(compute.dtype)
+    if isinstance(hidden, DTensor):
+        return hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    return hidden  # type: ignore[no-any-return]
+
+
+def row_logits(model: PreTrainedModel, row: Tensor, compute: Compute, at: int | None = None) -> Tensor:
+    """Logits `[1, seq, vocab]` of one row `[1, seq]` that is one document, or `[1, vocab]` after position `at` alone.
+
+    Every process runs the whole row, padded to a length that the processes of the `tp` axis can share; nothing before
+    the padding sees it.
+    """
+    weight, seq = head(model).weight, row.shape[1]
+    shared = weight.device_mesh.size() if isinstance(weight, DTensor) else 1
+    row = functional.pad(row, (0, -seq % math.lcm(_ROW_MULTIPLE, shared)))
+    # A class that learns its positions knows no more of them: padding at the end may share the last one.
+    last = (getattr(model.config, "max_position_embeddings", None) or row.shape[1]) - 1
+    positions = torch.arange(row.shape[1], device=row.device).clamp_max(last)[None]
+    inputs = attention_inputs(torch.zeros(row.shape, dtype=torch.int32), False, compute.device)
+    with compute.autocast():
+        hidden = decoder(model)(input_ids=row, position_ids=positions, **inputs).last_hidden_state
+        if isinstance(hidden, DTensor):
+            hidden = hidden.redistribute(placements=[Replicate()]).to_local()
+        logits: Tensor = head(model)((hidden[:, :seq] if at is None else hidden[:, at]).to(compute.dtype))
+    return logits
+
+
+def _of_vocabulary(weight: DTensor) -> dict[str, Any]:
+    """Who has the other rows of the head, and how many rows it has in all."""
+    return {"vocab": weight.shape[0], "group": weight.device_mesh.get_group()}
 
 
 OBJECTIVES: dict[str, Objective] = {"next_token": next_token}

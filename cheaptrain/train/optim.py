@@ -2,7 +2,8 @@
 
 Matrices decay, vectors (norm gains, biases) do not. Muon orthogonalises a matrix's update, which means something only
 for the matrices inside the decoder layers: embeddings and head always belong to AdamW. Every parameter belongs to
-exactly one group, and that is checked, because a parameter in none would silently never train.
+exactly one group, and that is checked, because a parameter in none would silently never train. Both take parameters
+that are sharded over processes.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from cheaptrain.errors import RecipeError
 from cheaptrain.model.parts import hidden_matrices
 from cheaptrain.recipe.schema import Train
+from cheaptrain.train.muon import Muon
 
 DEFAULT_MUON_LR = 0.02
 DEFAULT_MUON_MOMENTUM = 0.95
@@ -34,7 +36,7 @@ def build_optimizers(model: PreTrainedModel, train: Train) -> list[Optimizer]:
                 'train.optimizer = "muon": this model has no matrices inside its decoder layers; use "adamw"'
             )
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 [parameter for parameter in named.values() if id(parameter) in chosen],
                 lr=train.muon_lr or DEFAULT_MUON_LR,
                 momentum=DEFAULT_MUON_MOMENTUM if train.muon_momentum is None else train.muon_momentum,

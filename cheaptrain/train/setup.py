@@ -8,33 +8,43 @@ run takes its model, config included, from its checkpoint.
 import os
 import shutil
 import uuid
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from cheaptrain.checkpoint.jsonl import JsonLines
+from cheaptrain.checkpoint.load import load_state_into
 from cheaptrain.checkpoint.rundir import OpenedRun
-from cheaptrain.checkpoint.state import load_optimizer_tensors, restore_rng
 from cheaptrain.data.loader import Loader, validation_batches
 from cheaptrain.data.open import open_stream
 from cheaptrain.data.rows import RowBatch
 from cheaptrain.errors import PreflightError
 from cheaptrain.hardware import find_gpu
 from cheaptrain.model.build import build_model
-from cheaptrain.model.parts import decoder_layers
+from cheaptrain.model.config import model_config
+from cheaptrain.model.context import Context, check_context
 from cheaptrain.model.proof import prove_documents_isolated, prove_head
+from cheaptrain.parallel.mesh import data_rank, make_mesh
+from cheaptrain.parallel.parallelize import parallelize
+from cheaptrain.parallel.processes import Processes
+from cheaptrain.parallel.tensor import check_tensor_parallel
+from cheaptrain.parallel.watch import Watch
+from cheaptrain.recipe.layout import Layout
 from cheaptrain.recipe.schema import Model
 from cheaptrain.say import say
+from cheaptrain.train.alike import refuse_other_beginnings
 from cheaptrain.train.ledger import Ledger
-from cheaptrain.train.metrics import Metrics, start_trackers
+from cheaptrain.train.metrics import Metrics, Unwritten, start_trackers
 from cheaptrain.train.objective import Compute
 from cheaptrain.train.optim import build_optimizers
+from cheaptrain.train.saving import begin_saving
 from cheaptrain.train.signals import StopRequest
 from cheaptrain.train.space import checkpoint_bytes, checkpoints_at_once
 from cheaptrain.train.stage import Stage
@@ -47,46 +57,66 @@ PROOF_TOKENS = 256
 def set_up(
     survey: Survey,
     opened: OpenedRun,
-    accelerator: Accelerator,
+    trackers: Accelerator,
+    processes: Processes,
     *,
+    watch: Watch,
     stop: StopRequest,
     console: Console,
 ) -> Stage:
-    """Put a stage together at the step it starts or goes on from. Raises PreflightError for whatever cannot end
-    well."""
+    """Put a stage together at the step it starts or goes on from, on all processes together. Raises PreflightError for
+    whatever cannot end well."""
     recipe, resolved, run = survey.loaded.recipe, survey.resolved, opened.directory
     report = partial(say, console)
-    compute = _compute(survey, accelerator)
-    model = _model(survey, opened, compute)
-    _prove(model, survey, compute)
-
-    tensors: dict[str, Tensor] = {}
+    mesh = make_mesh(resolved.layout, processes.device.type)
+    compute = _compute(survey, processes, mesh)
+    watch.beat("building the model", 0)
+    model = _model(survey, opened, processes)
+    refuse_other_beginnings(survey, model, processes)
+    processes.on_main(lambda: _prove(model, survey, compute))
+    root = parallelize(
+        model,
+        mesh,
+        dtype=compute.dtype,
+        recompute=recipe.train.activation_checkpointing,
+        compile_layers=recipe.train.compile == "layers"
+        or (recipe.train.compile == "auto" and compute.device.type == "cuda"),
+    )
+    optimizers = build_optimizers(model, recipe.train)
     scalars: dict[str, Any] = {}
     if opened.checkpoint is not None:
-        tensors, scalars = opened.checkpoint.load_state()
+        watch.beat("reading the checkpoint", 0)
+        scalars = load_state_into(opened.checkpoint, model, optimizers, processes)
     ledger = Ledger.from_json(scalars["ledger"]) if scalars else Ledger()
-    run_id = scalars["run_id"] if scalars else uuid.uuid4().hex[:12]
+    if (entry := ledger.begin(resolved)) and ledger.step:
+        report(
+            f"from step {ledger.step:,} on: {entry.global_batch_tokens:,} tokens a step, {entry.processes} "
+            f"process{'es' * (entry.processes > 1)} ({entry.layout})"
+        )
+    run_id = scalars["run_id"] if scalars else processes.on_main(lambda: uuid.uuid4().hex[:12])
 
-    if recipe.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if recipe.train.compile == "layers" or (recipe.train.compile == "auto" and compute.device.type == "cuda"):
-        for layer in decoder_layers(model):
-            layer.compile()
-    optimizers = build_optimizers(model, recipe.train)
-    loader = _loader(survey)
+    loader = _loader(survey, mesh)
     token_bytes = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     token_bytes[: survey.tokenizer.size] = torch.from_numpy(survey.tokenizer.token_bytes())
 
-    start_trackers(
-        accelerator,
-        recipe.log,
-        directory=run.path,
-        name=survey.loaded.name,
-        run_id=run_id,
-        first_step=ledger.step + 1 if opened.checkpoint else 0,
-        config=opened.recipe["recipe"],
+    def begin_tracking() -> None:
+        start_trackers(
+            trackers,
+            recipe.log,
+            directory=run.path,
+            name=survey.loaded.name,
+            run_id=run_id,
+            first_step=ledger.step + 1 if opened.checkpoint else 0,
+            config=opened.recipe["recipe"],
+        )
+
+    processes.on_main(begin_tracking)
+    files: list[JsonLines] = []
+    processes.on_main(
+        lambda: files.extend(JsonLines(f, opened.resumed_step, report=report) for f in (run.metrics, run.samples))
     )
-    stage = Stage(
+    metrics, samples = files or (Unwritten(), Unwritten())
+    return Stage(
         name=survey.loaded.name,
         recipe=recipe,
         resolved=resolved,
@@ -94,32 +124,28 @@ def set_up(
         run_id=run_id,
         saved_recipe=dict(opened.recipe),
         lineage=dict(opened.lineage),
+        processes=processes,
+        mesh=mesh,
+        watch=watch,
         model=model,
+        root=root,
         tokenizer=survey.tokenizer,
         optimizers=optimizers,
         compute=compute,
         loader=loader,
-        validation=_validation(survey),
+        validation=_validation(survey, mesh),
         token_bytes=token_bytes.to(compute.device),
-        proof_ids=loader.step(0)[0].input_ids[:1, :PROOF_TOKENS].to(compute.device),
+        proof_ids=_proof_ids(loader, resolved.layout).to(compute.device),
         ledger=ledger,
-        metrics=Metrics(JsonLines(run.metrics, opened.resumed_step, report=report), accelerator),
-        samples=JsonLines(run.samples, opened.resumed_step, report=report),
+        metrics=Metrics(metrics, trackers),
+        samples=samples,
+        saving=begin_saving(run, processes, recipe, resolved, model, survey.tokenizer),
         stop=stop,
         console=console,
         flops_per_token=survey.facts.flops_per_token,
         peak_flops=_peak(compute.device),
         checkpoint_bytes=checkpoint_bytes(survey.facts, recipe.train),
     )
-    if scalars:
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        load_optimizer_tensors(optimizers, names, tensors, scalars["optimizer"])
-        # Last: building a model draws random numbers.
-        for name in restore_rng(tensors):
-            report(f"{name} of the checkpoint has no place on this machine: from here on its random numbers are others")
-    else:
-        set_seed(recipe.seed)
-    return stage
 
 
 def refuse_without_space(survey: Survey, opened: OpenedRun) -> None:
@@ -140,12 +166,13 @@ def refuse_without_space(survey: Survey, opened: OpenedRun) -> None:
         )
 
 
-def _compute(survey: Survey, accelerator: Accelerator) -> Compute:
-    recipe, device = survey.loaded.recipe, accelerator.device
+def _compute(survey: Survey, processes: Processes, mesh: DeviceMesh) -> Compute:
+    recipe, device = survey.loaded.recipe, processes.device
     if device.type == "cpu":
         # `accelerate launch` leaves each process one thread unless told otherwise, which halves the speed of a laptop.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(recipe.train.cpu_threads or max(1, cores // accelerator.num_processes))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(recipe.train.cpu_threads or max(1, cores // here))
     precision = recipe.train.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
@@ -156,14 +183,18 @@ def _compute(survey: Survey, accelerator: Accelerator) -> Compute:
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         document_mask=recipe.data.document_mask,
         loss_chunk_tokens=recipe.train.loss_chunk_tokens,
+        context=Context.of(mesh["cp"].get_group()),
     )
 
 
-def _model(survey: Survey, opened: OpenedRun, compute: Compute) -> PreTrainedModel:
-    recipe, tokenizer = survey.loaded.recipe, survey.tokenizer
+def _model(survey: Survey, opened: OpenedRun, processes: Processes) -> PreTrainedModel:
+    recipe, tokenizer, layout = survey.loaded.recipe, survey.tokenizer, survey.resolved.layout
     spec = recipe.model
     if opened.checkpoint is not None:
         spec = Model(init_from=str(opened.checkpoint.path), vocab_multiple=recipe.model.vocab_multiple)
+    config = model_config(spec, vocab_size=tokenizer.size, seq_len=recipe.data.seq_len)
+    check_tensor_parallel(config, layout.tp)
+    check_context(config, seq_len=recipe.data.seq_len, cp=layout.cp, tp=layout.tp)
     return build_model(
         spec,
         vocab_size=tokenizer.size,
@@ -171,17 +202,20 @@ def _model(survey: Survey, opened: OpenedRun, compute: Compute) -> PreTrainedMod
         seed=recipe.seed,
         eot_id=tokenizer.eot_id,
         bos_id=tokenizer.bos_id,
-        device=compute.device,
+        # One of many takes its share of the weights from memory that no GPU has to have.
+        device=processes.device if processes.size == 1 else "cpu",
     )
 
 
 def _prove(model: PreTrainedModel, survey: Survey, compute: Compute) -> None:
     recipe = survey.loaded.recipe
     prove_head(model)
-    prove_documents_isolated(model, document_mask=compute.document_mask, seed=recipe.seed, dtype=compute.dtype)
+    # Processes that share a row see a stretch of it: what goes past attention (a convolution, say) would see no more.
+    masked = compute.document_mask or compute.context is not None
+    prove_documents_isolated(model, document_mask=masked, seed=recipe.seed, dtype=compute.dtype)
 
 
-def _loader(survey: Survey) -> Loader:
+def _loader(survey: Survey, mesh: DeviceMesh) -> Loader:
     recipe, resolved = survey.loaded.recipe, survey.resolved
     order = mixture_order(recipe, survey.sources)
     return Loader(
@@ -190,29 +224,40 @@ def _loader(survey: Survey) -> Loader:
         seq_len=resolved.seq_len,
         rows_per_step=resolved.rows_per_step,
         micro_batch_size=resolved.micro_batch_size,
-        rank=0,
-        world_size=resolved.world_size,
+        data_rank=data_rank(mesh),
+        data_parallel=resolved.layout.data_parallel,
         document_mask=recipe.data.document_mask,
     )
 
 
-def _validation(survey: Survey) -> dict[str, list[RowBatch]]:
+def _proof_ids(loader: Loader, layout: Layout) -> Tensor:
+    """The tokens of the proof of every save, `[1, seq]`: the first of the first row, as many as the processes that
+    share a row can share."""
+    ids = replace(loader, data_rank=0).step(0)[0].input_ids
+    shared = layout.cp * layout.tp
+    return ids[:1, : max(shared, min(PROOF_TOKENS, ids.shape[1]) // shared * shared)]
+
+
+def _validation(survey: Survey, mesh: DeviceMesh) -> dict[str, list[RowBatch]]:
+    """This process's share of the held-out rows of each source: as many batches on every process."""
     recipe, resolved = survey.loaded.recipe, survey.resolved
+    context = Context.of(mesh["cp"].get_group())
     batches = {}
     for name, manifest in survey.manifests.items():
         if manifest.facts().val_tokens < 2:
             continue
-        held_out = list(
-            validation_batches(
-                open_stream(manifest, "val"),
-                resolved.seq_len,
-                resolved.micro_batch_size,
-                recipe.validation.tokens,
-                recipe.data.document_mask,
-            )
+        held_out = validation_batches(
+            open_stream(manifest, "val"),
+            resolved.seq_len,
+            resolved.micro_batch_size,
+            recipe.validation.tokens,
+            recipe.data.document_mask,
+            data_rank(mesh),
+            resolved.layout.data_parallel,
         )
-        if any(batch.supervised for batch in held_out):
-            batches[name] = held_out
+        share = [batch.share(context.rank, context.size) if context else batch for batch in held_out]
+        if share:
+            batches[name] = share
     return batches
 
 

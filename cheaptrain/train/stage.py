@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -13,11 +14,15 @@ from cheaptrain.checkpoint.paths import RunDirectory
 from cheaptrain.data.loader import Loader
 from cheaptrain.data.rows import RowBatch
 from cheaptrain.data.tokenizer import TextTokenizer
+from cheaptrain.parallel.processes import Processes
+from cheaptrain.parallel.root import Root
+from cheaptrain.parallel.watch import Watch
 from cheaptrain.recipe.resolve import Resolved
 from cheaptrain.recipe.schema import Recipe
 from cheaptrain.train.ledger import Ledger
-from cheaptrain.train.metrics import Metrics
+from cheaptrain.train.metrics import Metrics, Unwritten
 from cheaptrain.train.objective import Compute
+from cheaptrain.train.saving import Saving
 from cheaptrain.train.signals import StopRequest
 
 
@@ -32,17 +37,22 @@ class Stage:
     run_id: str  # of the trackers, kept over resumes
     saved_recipe: dict[str, Any]  # what every checkpoint carries as recipe.json
     lineage: dict[str, Any]
-    model: PreTrainedModel
+    processes: Processes
+    mesh: DeviceMesh
+    watch: Watch
+    model: PreTrainedModel  # its parameters may be shards
+    root: Root  # what to call: root(work, ...) runs work(model, ...) with its weights there
     tokenizer: TextTokenizer
     optimizers: list[Optimizer]
     compute: Compute
-    loader: Loader
-    validation: dict[str, list[RowBatch]]  # by source
+    loader: Loader  # of this process's rows
+    validation: dict[str, list[RowBatch]]  # by source, this process's share
     token_bytes: Tensor  # [vocab], on the device
     proof_ids: Tensor  # [1, seq], on the device: the tokens of the proof of every save
     ledger: Ledger
     metrics: Metrics
-    samples: JsonLines
+    samples: JsonLines | Unwritten
+    saving: Saving
     stop: StopRequest
     console: Console
     flops_per_token: float

@@ -1,73 +1,109 @@
-"""One optimizer step, accumulated over micro-batches.
+"""One optimizer step, accumulated over micro-batches and summed over processes.
 
 The loss is the sum over supervised tokens divided by the supervised tokens of the *whole* global batch. The count is
-taken before the first backward, so accumulation only changes the order of additions, and a micro-batch without a
-supervised token adds nothing instead of 0/0. Nothing reaches the weights before loss and gradients are known to be
-finite.
+taken over all processes before the first backward, so neither accumulation nor their number changes more than the order
+of additions, and a micro-batch without a supervised token adds nothing instead of 0/0. Nothing reaches the weights
+before loss and gradients are known to be finite on every process. What the processes have to agree on after the
+backward pass (the sums, whether all is finite, whether somebody was asked to stop) travels in one message.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from cheaptrain.data.rows import RowBatch
+from cheaptrain.parallel.clip import clip_grad_norm
+from cheaptrain.parallel.root import Root, last_micro_batch
+from cheaptrain.parallel.vectors import sum_vector_gradients
+from cheaptrain.train.counts import StepCounts, counts_from, counts_vector
 from cheaptrain.train.objective import Compute, Objective
 from cheaptrain.train.optim import set_learning_rate
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. `loss` is nats a supervised token; `applied` is False when the step was not finite."""
+    """What one step did, over all processes. `loss` is nats a supervised token; `applied` is False when the step was
+    not finite; `stop`: a process was asked to stop."""
 
     loss: float
     accuracy: float
     grad_norm: float
     learning_rate: float
-    supervised: int
-    tokens: int
+    counts: StepCounts
     applied: bool
+    stop: bool
 
 
 def train_step(
-    model: PreTrainedModel,
+    root: Root,
     optimizers: Sequence[Optimizer],
     batches: Sequence[RowBatch],
     *,
+    mesh: DeviceMesh,
     objective: Objective,
     compute: Compute,
+    sources: int,
     learning_rate_factor: float,
     grad_clip: float,
+    stop: bool = False,
+    beat: Callable[[str], None] = lambda phase: None,
 ) -> StepResult:
-    """Run forward and backward over `batches`, clip, and step, unless loss or gradient norm is not finite."""
-    supervised = sum(batch.supervised for batch in batches)
-    loss = torch.zeros((), device=compute.device)
-    correct = torch.zeros((), dtype=torch.int64, device=compute.device)
-    for batch in batches:
-        sums = objective(model, batch.to(compute.device), compute)
-        (sums.loss / max(1, supervised)).backward()
+    """Run forward and backward over this process's `batches`, clip, and step, unless loss or gradients are not finite.
+
+    `sources` is how many sources rows come from; `stop` whether this process was asked to; `beat` is told how far the
+    step is. All processes call it together.
+    """
+    device = compute.device
+    counted = counts_vector(batches, sources).to(device)
+    speaks = mesh["tp"].get_local_rank() == 0  # the processes of the tp axis have the same tokens: one counts
+    if mesh["cp"].get_local_rank() > 0:
+        counted[1:] = 0  # the rows are counted by the first of those that share them
+    _sum_over_processes(counted.mul_(speaks), mesh)
+    supervised = counted[0].clamp_min(1)
+
+    loss = torch.zeros((), device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    for number, batch in enumerate(batches, 1):
+        last_micro_batch(root, number == len(batches))
+        sums = root(objective, batch.to(device), compute)
+        (sums.loss / supervised).backward()
         loss += sums.loss.detach()
         correct += sums.correct
+        beat(f"micro-batch {number} of {len(batches)}")
 
+    sum_vector_gradients(root, mesh)
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else float("inf"), foreach=True)
-    mean_loss, norm = (loss / max(1, supervised)).item(), grad_norm.item()
-    applied = math.isfinite(mean_loss) and math.isfinite(norm)
+    norm = clip_grad_norm(parameters, grad_clip)
+    totals = torch.stack([loss.double(), correct.double()]).mul_(speaks)
+    flags = torch.stack([(~torch.isfinite(norm)).double(), torch.tensor(float(stop), device=device).double()])
+    totals = _sum_over_processes(torch.cat([totals, flags]), mesh)
+    loss_sum, right, not_finite, stops = totals.tolist()
+    counts = counts_from(counted, batches[0].document_ids.shape[1])
+    applied = math.isfinite(loss_sum) and not_finite == 0
     rate = set_learning_rate(optimizers, learning_rate_factor)
     if applied:
         for optimizer in optimizers:
             optimizer.step()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
+    beat("optimizer step")
     return StepResult(
-        loss=mean_loss,
-        accuracy=correct.item() / max(1, supervised),
-        grad_norm=norm,
+        loss=loss_sum / max(1, counts.supervised),
+        accuracy=right / max(1, counts.supervised),
+        grad_norm=norm.item(),
         learning_rate=rate,
-        supervised=supervised,
-        tokens=sum(batch.input_ids.numel() for batch in batches),
+        counts=counts,
         applied=applied,
+        stop=stops > 0,
     )
+
+
+def _sum_over_processes(values: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    if mesh.size() > 1:
+        dist.all_reduce(values)
+    return values

@@ -6,17 +6,17 @@ nor any byte. The training state is left exactly as it was: no dropout, no gradi
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from cheaptrain_kernels import token_losses
+import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.distributed.device_mesh import DeviceMesh
 
 from cheaptrain.data.rows import RowBatch
-from cheaptrain.model.parts import head
-from cheaptrain.train.objective import Compute, hidden_states
+from cheaptrain.parallel.root import Root, forget_gathered
+from cheaptrain.train.objective import Compute, losses_of_tokens
 
 
 @dataclass(frozen=True)
@@ -41,31 +41,46 @@ class Score:
 
 @torch.no_grad()
 def validate(
-    model: PreTrainedModel, batches: Mapping[str, Iterable[RowBatch]], token_bytes: Tensor, compute: Compute
-) -> dict[str, Score]:
-    """Score every source; `token_bytes` is `[vocab]`, the bytes of text each id stands for."""
-    was_training = model.training
-    model.eval()
+    root: Root,
+    batches: Mapping[str, Sequence[RowBatch]],
+    token_bytes: Tensor,
+    compute: Compute,
+    mesh: DeviceMesh,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, Score] | None:
+    """Score every source; `token_bytes` is `[vocab]`, the bytes of text each id stands for.
+
+    `batches` are this process's share, as many of each source on every process. `interrupted` is asked after each
+    batch, by all processes together; once it says yes, there is no score: None.
+    """
+    was_training = root.training
+    root.eval()
+    sums = torch.zeros(len(batches), 4, dtype=torch.float64, device=compute.device)
     try:
-        return {source: _score(model, rows, token_bytes, compute) for source, rows in batches.items()}
+        for of_source, rows in zip(sums, batches.values(), strict=True):
+            for batch in rows:
+                of_source += _score(root, batch, token_bytes, compute)
+                if interrupted():
+                    return None
     finally:
-        model.train(was_training)
+        root.train(was_training)
+        forget_gathered(root)
+    if mesh.size() > 1:
+        dist.all_reduce(sums.mul_(mesh["tp"].get_local_rank() == 0))  # the tp axis has the same tokens: one counts
+    return {
+        source: Score(nats, int(tokens), text_nats, int(text_bytes))
+        for source, (nats, tokens, text_nats, text_bytes) in zip(batches, sums.tolist(), strict=True)
+    }
 
 
-def _score(model: PreTrainedModel, batches: Iterable[RowBatch], token_bytes: Tensor, compute: Compute) -> Score:
-    nats, text_nats, tokens, text_bytes = 0.0, 0.0, 0, 0
-    for batch in batches:
-        moved = batch.to(compute.device)
-        labels = moved.labels.flatten()  # [rows * seq]
-        with compute.autocast():
-            hidden = hidden_states(model, moved, compute).flatten(0, 1)
-            losses = token_losses(hidden, head(model).weight, labels, chunk_tokens=compute.loss_chunk_tokens)
-        of_label = token_bytes[labels.clamp_min(0)] * (labels >= 0)
-        nats += losses.double().sum().item()
-        text_nats += losses.double()[of_label > 0].sum().item()
-        tokens += batch.supervised
-        text_bytes += int(of_label.sum().item())
-    return Score(nats, tokens, text_nats, text_bytes)
+def _score(root: Root, batch: RowBatch, token_bytes: Tensor, compute: Compute) -> Tensor:
+    """Nats, tokens, nats of the tokens that stand for text, and bytes of it: `[4]` float64, on the device."""
+    moved = batch.to(compute.device)
+    losses = root(losses_of_tokens, moved, compute).double()
+    labels = moved.labels.flatten()  # [rows * seq]
+    of_label = token_bytes[labels.clamp_min(0)] * (labels >= 0)
+    tokens = torch.tensor(batch.supervised, dtype=torch.float64, device=compute.device)
+    return torch.stack([losses.sum(), tokens, (losses * (of_label > 0)).sum(), of_label.sum().double()])
 
 
 def validation_metrics(scores: Mapping[str, Score]) -> dict[str, float]:
