@@ -1,6 +1,7 @@
 """The one door to training.
 
-    accelerate launch launch/run.py RECIPE [RECIPE …] [key=value …]
+    cheaptrain launch RECIPE [RECIPE …] [key=value …]                    on all GPUs, or what [parallel] says
+    accelerate launch launch/run.py RECIPE [RECIPE …] [key=value …]      what it runs
 
 Several recipes run one after the other; overrides apply to all of them. Training makes no call to the hub: what it
 needs was fetched by `cheaptrain prepare`.
@@ -19,12 +20,15 @@ from cheaptrain.exits import guarded
 
 def main() -> None:
     """Load every recipe, then run them in order."""
+    from cheaptrain.launching import apply_environment
+    from cheaptrain.recipe.load import load_recipe
     from cheaptrain.recipe.overrides import split_arguments
 
     paths, overrides = split_arguments(sys.argv[1:])
     if not paths or any(path.startswith("-") for path in paths):
         raise RecipeError("usage: accelerate launch launch/run.py RECIPE [RECIPE …] [key=value …]")
-    from cheaptrain.train.chain import run_chain
+    apply_environment([load_recipe(path, overrides) for path in paths])
+    from cheaptrain.train.chain import run_chain  # torch comes with it, after the environment
 
     run_chain(paths, overrides)
 
