@@ -1,4 +1,4 @@
-"""The commands beside training: prepare, plan, inspect, schema."""
+"""The commands: prepare, plan, inspect, launch, doctor, schema."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Take a small language model through its whole life. Training itself: accelerate launch launch/run.py RECIPE",
+    help="Take a small language model through its whole life. Training itself: cheaptrain launch RECIPE",
 )
 
 RecipePaths = Annotated[list[str], typer.Argument(metavar="RECIPE… [key=value…]", help="recipes, and keys to override")]
@@ -42,13 +42,26 @@ def prepare(
 
 
 @app.command()
-def plan(arguments: RecipePaths) -> None:
-    """Say what a run would take: steps, tokens, memory, time, disk and money. Starts nothing."""
+def plan(
+    arguments: RecipePaths,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="processes to plan for, one a GPU; without --layout the cheapest that fits is proposed"
+        ),
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(metavar="AXIS=N,…", help="instead of [parallel], e.g. dp_shard=8,tp=8")
+    ] = None,
+) -> None:
+    """Say what a run would take: steps, tokens, memory, time, disk and money, on any number of GPUs. Starts nothing."""
     from cheaptrain.recipe.load import load_recipe
-    from cheaptrain.report.plan import print_plans
+    from cheaptrain.report.plan import layout_overrides, print_plans
 
     paths, overrides = _split(arguments)
-    print_plans([load_recipe(path, overrides) for path in paths], _console())
+    overrides += layout_overrides(gpus, layout)
+    recipes = [load_recipe(path, overrides) for path in paths]
+    print_plans(recipes, _console(), gpus=gpus is not None, propose=gpus is not None and layout is None)
 
 
 @app.command()
@@ -64,6 +77,44 @@ def inspect(
     paths, overrides = _split(arguments)
     for path in paths:
         print_rows(load_recipe(path, overrides), _console(), first_row=start, count=rows)
+
+
+@app.command()
+def launch(
+    arguments: RecipePaths,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="processes on this machine; default: what [parallel] says, else one a GPU")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="machines that train together; run the command on each")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="which of them this is, from 0")] = 0,
+    main_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="of the first machine, the same on all")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the command and start nothing")] = False,
+) -> None:
+    """Train: check the recipes, then start launch/run.py in as many processes as it takes. Ctrl-C saves first."""
+    from cheaptrain import launching
+
+    paths, overrides = _split(arguments)
+    machines = launching.parse_nodes(nodes, node_rank, main_address)
+    code = launching.launch(paths, overrides, _console(), processes=processes, nodes=machines, dry_run=dry_run)
+    raise typer.Exit(code)
+
+
+@app.command()
+def doctor(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE…] [key=value…]", help="recipes whose needs to check, and keys to override"),
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="processes to try out together")] = None,
+) -> None:
+    """Check this machine before a long run: GPUs, attention, disk, memory, and how the processes hear each other."""
+    from cheaptrain.doctor import examine
+    from cheaptrain.recipe.load import load_recipe
+
+    paths, overrides = _split(arguments) if arguments else ([], [])
+    examine([load_recipe(path, overrides) for path in paths], _console(), processes=processes)
 
 
 @app.command()

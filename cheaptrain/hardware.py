@@ -1,7 +1,8 @@
-"""GPUs by name: peak and memory, for the plan and for MFU.
+"""GPUs by name: peak, memory and links, for the plan and for MFU.
 
 Dense bf16 peaks without sparsity, from the makers' data sheets. MFU is only shown for a GPU that is in this table: a
-number against a guessed peak would be worse than none.
+number against a guessed peak would be worse than none. Links are one direction of NVLink, or of PCIe where there is
+none; the network is an assumption, which `cheaptrain plan` names as one.
 """
 
 import re
@@ -10,32 +11,37 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU: dense bf16 peak in FLOP/s, memory in bytes."""
+    """One kind of GPU: dense bf16 peak in FLOP/s, memory in bytes, what it sends to others in its node in bytes/s."""
 
     name: str
     flops: float
     memory_bytes: int
+    link_bytes_per_second: float
+
+
+GPUS_PER_NODE = 8
+NETWORK_BYTES_PER_SECOND = 50e9  # of one GPU out of its node: a 400 Gbit/s card each
 
 
 # Longer names first: "H100 PCIe" must be tried before "H100".
 GPUS = (
-    Gpu("B200", 2250e12, 180_000_000_000),
-    Gpu("H200 NVL", 835e12, 141_000_000_000),
-    Gpu("H200", 989e12, 141_000_000_000),
-    Gpu("H100 PCIe", 756e12, 80_000_000_000),
-    Gpu("H100 NVL", 835e12, 94_000_000_000),
-    Gpu("H100", 989e12, 80_000_000_000),
-    Gpu("A100-SXM4-40GB", 312e12, 40_000_000_000),
-    Gpu("A100-PCIE-40GB", 312e12, 40_000_000_000),
-    Gpu("A100", 312e12, 80_000_000_000),
-    Gpu("L40S", 362e12, 48_000_000_000),
-    Gpu("L4", 121e12, 24_000_000_000),
-    Gpu("A10G", 70e12, 24_000_000_000),
-    Gpu("RTX 6000 Ada", 364e12, 48_000_000_000),
-    Gpu("RTX A6000", 155e12, 48_000_000_000),
-    Gpu("RTX 5090", 209.5e12, 32_000_000_000),
-    Gpu("RTX 4090", 165.2e12, 24_000_000_000),
-    Gpu("RTX 3090", 71e12, 24_000_000_000),
+    Gpu("B200", 2250e12, 180_000_000_000, 900e9),
+    Gpu("H200 NVL", 835e12, 141_000_000_000, 450e9),
+    Gpu("H200", 989e12, 141_000_000_000, 450e9),
+    Gpu("H100 PCIe", 756e12, 80_000_000_000, 64e9),
+    Gpu("H100 NVL", 835e12, 94_000_000_000, 300e9),
+    Gpu("H100", 989e12, 80_000_000_000, 450e9),
+    Gpu("A100-SXM4-40GB", 312e12, 40_000_000_000, 300e9),
+    Gpu("A100-PCIE-40GB", 312e12, 40_000_000_000, 32e9),
+    Gpu("A100", 312e12, 80_000_000_000, 300e9),
+    Gpu("L40S", 362e12, 48_000_000_000, 32e9),
+    Gpu("L4", 121e12, 24_000_000_000, 32e9),
+    Gpu("A10G", 70e12, 24_000_000_000, 32e9),
+    Gpu("RTX 6000 Ada", 364e12, 48_000_000_000, 32e9),
+    Gpu("RTX A6000", 155e12, 48_000_000_000, 32e9),
+    Gpu("RTX 5090", 209.5e12, 32_000_000_000, 64e9),
+    Gpu("RTX 4090", 165.2e12, 24_000_000_000, 32e9),
+    Gpu("RTX 3090", 71e12, 24_000_000_000, 32e9),
 )
 
 

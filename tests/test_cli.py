@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 from recipe_texts import MINIMAL
+from rich.console import Console
 
-from cheaptrain import cli
+from cheaptrain import cli, doctor, launching
 from cheaptrain.errors import EXIT_RECIPE, RecipeError
+from cheaptrain.recipe.load import LoadedRecipe
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -24,6 +26,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     [
         [], ["trian"], ["prepare"], ["plan", "train.lr=3"], ["plan", "nowhere.toml"], ["schema", "out.json"],
         ["inspect", "a.toml", "--rows", "0"], ["prepare", "--shards", "1/2", "a.toml"],
+        ["launch"], ["launch", "train.lr=3"], ["launch", "nowhere.toml"], ["launch", "a.toml", "--processes", "0"],
+        ["launch", "a.toml", "--nodes", "2"], ["launch", "a.toml", "--node-rank", "1"], ["doctor", "nowhere.toml"],
     ],
 )  # fmt: skip
 def test_wrong_usage_ends_with_another_code_than_2(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,3 +57,39 @@ def test_the_schema_is_written_to_the_file_asked(tmp_path: Path, monkeypatch: py
     schema = json.loads((tmp_path / "schema.json").read_text(encoding="utf-8"))
     assert schema["$schema"].endswith("2020-12/schema") and "train" in schema["properties"]
     assert run(monkeypatch, "schema", "--out", str(tmp_path / "no" / "schema.json")) == 1
+
+
+def test_launch_starts_something_when_only_asked_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launching, "supervise", lambda *_: pytest.fail("it started"))
+    Path("a.toml").write_text(MINIMAL, encoding="utf-8")
+    assert run(monkeypatch, "launch", "a.toml", "train.lr=1e-3", "--processes", "2", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "--multi_gpu --num_processes 2" in printed
+    assert printed.rstrip().endswith("run.py a.toml train.lr=1e-3")
+
+
+@pytest.mark.parametrize("code", [0, 1, 4, 75])
+def test_launch_answers_another_code_than_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launching, "visible_gpus", lambda environment: 0)
+    monkeypatch.setattr(launching, "supervise", lambda *_: code)
+    Path("a.toml").write_text(MINIMAL, encoding="utf-8")
+    assert run(monkeypatch, "launch", "a.toml") == code
+
+
+def test_doctor_is_given_other_recipes_than_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], int | None]] = []
+
+    def examine(recipes: list[LoadedRecipe], console: Console, *, processes: int | None) -> None:
+        asked.append(([f"{loaded.name} {loaded.recipe.seed}" for loaded in recipes], processes))
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    Path(tmp_path / "a.toml").write_text(MINIMAL, encoding="utf-8")
+    assert run(monkeypatch, "doctor") == 0
+    assert run(monkeypatch, "doctor", str(tmp_path / "a.toml"), "seed=5", "--processes", "3") == 0
+    assert asked == [([], None), (["a 5"], 3)]

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from cheaptrain.report.costs import Disk
-from cheaptrain.report.reckon import PlanReport
+from cheaptrain.report.reckon import PlanReport, Proposal
+from cheaptrain.report.tracker import GATHERED
 from cheaptrain.units import duration, human, size
 
 _LOSS_SECONDS = 2 * 3600  # of work that a crash may cost without a warning
@@ -13,12 +14,21 @@ _MUCH_PADDING = 0.1
 
 def impossibilities(report: PlanReport) -> list[str]:
     """Why this run cannot end well; empty when nothing is known against it, or when it is planned for elsewhere."""
-    return list(_space(report)) if report.device.here else []
+    refused = [report.refused] if report.refused else []
+    return [*refused, *(_space(report) if report.device.here else ())]
 
 
 def warnings(report: PlanReport) -> list[str]:
     """What is probably not meant, or will hurt later."""
-    return [*_space(report), *_memory(report), *_data(report), *_training(report), *_crash(report)]
+    return [
+        *_space(report),
+        *_memory(report),
+        *_layout(report),
+        *_experts(report),
+        *_data(report),
+        *_training(report),
+        *_crash(report),
+    ]
 
 
 def _space(report: PlanReport) -> Iterator[str]:
@@ -39,11 +49,57 @@ def _space(report: PlanReport) -> Iterator[str]:
 
 
 def _memory(report: PlanReport) -> Iterator[str]:
+    if report.refused:
+        yield report.refused
     if report.fits is None or report.memory is None:
         return
-    remedy = f"{report.fits} would fit" if report.fits else "even one row with activation checkpointing does not fit"
+    if report.fits:
+        remedy = f"{report.fits} would fit"
+    elif report.outlook.world_size == 1:
+        remedy = "even one row with activation checkpointing does not fit"
+    else:
+        remedy = f"in this layout ({report.outlook.batch.layout}) no smaller train.micro_batch_size fits"
     device = f"{report.device.name} ({size(report.device.memory_bytes)})"
     yield f"memory: {size(report.memory.peak)} a process do not fit {device}: {remedy}"
+
+
+def _layout(report: PlanReport) -> Iterator[str]:
+    """Ways of sharing the work that cost messages, and that the run would fit without."""
+    layout, proposal = report.outlook.batch.layout, report.proposal
+    if proposal is None:
+        if report.looked:
+            tried = f"no layout of {report.outlook.world_size:,} processes that was tried fits"
+            yield f"{tried}: take more GPUs, or larger ones"
+        return
+    instead = f"{proposal.layout}, {settings_of(proposal)} fits in {size(proposal.memory.peak)} a process"
+    if layout.tp > 1 and proposal.layout.tp == 1:
+        yield f"parallel.tp = {layout.tp} is not needed: {instead}, and FSDP alone sends less that is waited for"
+    if layout.cp > 1:
+        rows = f"rows of {report.recipe.data.seq_len:,} tokens fit without it"
+        yield f"parallel.cp = {layout.cp} is not needed: {rows}: {instead}"
+
+
+def settings_of(proposal: Proposal) -> str:
+    """`train.micro_batch_size=4 train.activation_checkpointing=false`: as on a command line."""
+    again = str(proposal.recompute).lower()
+    return f"train.micro_batch_size={proposal.micro_batch_size} train.activation_checkpointing={again}"
+
+
+_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")  # fields of configs that say how many
+
+
+def _experts(report: PlanReport) -> Iterator[str]:
+    experts = max((getattr(report.config, name, None) or 0 for name in _EXPERTS), default=0) if report.config else 0
+    if experts < 2:
+        return
+    gathered = ""
+    if report.outlook.world_size > 1 and report.memory is not None:
+        gathered = f", {size(report.memory.of(GATHERED))} at the fullest moment,"
+    yield (
+        f"a mixture of {experts} experts needs expert parallelism, which cheaptrain does not have: with FSDP every "
+        f"process gathers all experts of a layer{gathered} to use a few. What its layers keep has not been compared "
+        "with a real run"
+    )
 
 
 def _data(report: PlanReport) -> Iterator[str]:

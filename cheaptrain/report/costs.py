@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import median
 
 from cheaptrain.checkpoint.paths import RunDirectory
-from cheaptrain.hardware import Gpu
 from cheaptrain.recipe.resolve import ModelFacts, Resolved
 from cheaptrain.recipe.schema import Recipe
+from cheaptrain.report.device import Device
 from cheaptrain.report.sources import SourcePlan
+from cheaptrain.report.speed import StepTime
 from cheaptrain.train.space import checkpoint_bytes, checkpoints_at_once
 from cheaptrain.units import size
 
@@ -49,21 +50,23 @@ class Disk:
 
 
 def expected_speed(
-    recipe: Recipe, facts: ModelFacts | None, gpu: Gpu | None, *, on_gpu: bool, here: bool
+    recipe: Recipe, tokens_per_step: int, processes: int, device: Device, step: StepTime | None
 ) -> Speed | None:
-    """As stated, else as measured in this run directory, else a share of the GPU's peak, else None.
-
-    `here`: the run is planned for this very machine, so that what was measured on it counts.
-    """
+    """As stated, else as measured in this run directory, else as assumed for the layout, else None."""
     if recipe.plan.tokens_per_second is not None:
         return Speed(recipe.plan.tokens_per_second, "plan.tokens_per_second")
-    if here and (measured := measured_speed(RunDirectory(Path(recipe.run.dir)).metrics, on_gpu=on_gpu)):
+    metrics = RunDirectory(Path(recipe.run.dir)).metrics
+    # What was measured counts for the very machine it was measured on.
+    if device.here and (measured := measured_speed(metrics, on_gpu=device.is_gpu)):
         return measured
-    if gpu is not None and facts is not None:
+    if device.gpu is not None and step is not None:
         share = recipe.plan.mfu
+        waiting = f", and {step.waiting / step.total:.0%} of the step waiting for messages" if step.waiting else ""
+        again = ", layers computed again" if recipe.train.activation_checkpointing else ""
         return Speed(
-            share * gpu.flops / facts.flops_per_token,
-            f"assumed: {share:.0%} (plan.mfu) of the {gpu.flops / 1e12:,.0f} TFLOP/s of one {gpu.name}",
+            tokens_per_step / step.total / processes,
+            f"assumed: {share:.0%} (plan.mfu) of the {device.gpu.flops / 1e12:,.0f} TFLOP/s of one "
+            f"{device.gpu.name}{again}{waiting}",
         )
     return None
 

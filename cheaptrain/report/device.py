@@ -10,23 +10,26 @@ from cheaptrain.errors import RecipeError
 from cheaptrain.hardware import GPUS, Gpu, find_gpu
 from cheaptrain.recipe.schema import Plan
 
-_USABLE = 0.92  # the rest: the driver's context, libraries' workspaces, fragments; on a CPU the program itself
+USABLE = 0.92  # the rest: the driver's context, NCCL, libraries' workspaces, fragments; on a CPU the program itself
+_USUAL = "H100"
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
 class Device:
-    """`memory_bytes`: of one GPU, or of the whole machine. `gpu`: peak and memory, if its kind is known."""
+    """`memory_bytes`: of one GPU, or of the whole machine. `gpu`: peak and memory, if its kind is known.
+    `assumed`: nobody said that it is this one."""
 
     name: str
     is_gpu: bool
     gpu: Gpu | None
     memory_bytes: int
     here: bool
+    assumed: bool = False
 
     def usable_bytes(self, processes: int) -> int:
         """What one of `processes` processes can have: most of its GPU, or its part of the machine's memory."""
-        return int(_USABLE * self.memory_bytes) if self.is_gpu else int(_USABLE * self.memory_bytes) // processes
+        return int(USABLE * self.memory_bytes) if self.is_gpu else int(USABLE * self.memory_bytes) // processes
 
 
 def this_device() -> Device:
@@ -37,18 +40,19 @@ def this_device() -> Device:
     return Device(f"this machine, {os.cpu_count()} CPUs", False, None, _ram(), True)
 
 
-def device_to_plan_for(plan: Plan) -> Device:
-    """The GPU that `plan.gpu` names, or this machine's device. Raises RecipeError for a kind that is not known."""
+def device_to_plan_for(plan: Plan, *, gpus: bool = False) -> Device:
+    """The GPU that `plan.gpu` names, or this machine's device; when it has to be `gpus` and this machine has none, one
+    that many have. Raises RecipeError for a kind that is not known."""
     here = this_device()
-    if plan.gpu is None:
+    if plan.gpu is None and (here.is_gpu or not gpus):
         return here
-    gpu = find_gpu(plan.gpu)
+    gpu = find_gpu(plan.gpu or _USUAL)
     if gpu is None:
         raise RecipeError(
             f"plan.gpu: {plan.gpu!r} is not known; there are {', '.join(gpu.name for gpu in GPUS)}. "
             "Or leave it out and give plan.tokens_per_second"
         )
-    return Device(gpu.name, True, gpu, gpu.memory_bytes, gpu == here.gpu)
+    return Device(gpu.name, True, gpu, gpu.memory_bytes, gpu == here.gpu, assumed=plan.gpu is None)
 
 
 def _ram() -> int:

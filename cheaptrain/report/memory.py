@@ -1,8 +1,7 @@
-"""Memory of one process, part by part, and its peak.
+"""Memory of one process, part by part, at its fullest moment; and what its machine needs beside.
 
-Two moments compete for the peak. At the loss all activations are alive, and the logits of a chunk with them; when the
-backward pass ends the activations are gone and all gradients are there. With accumulation the gradients of the earlier
-micro-batches are there at the loss as well. The trap: adding up every part counts what never exists together.
+The trap: parts that are each right and never exist together. So the table is one moment, the fullest of those that were
+measured (`measure.py`), with what the optimizer keeps added to each, and its parts add up to the peak.
 """
 
 from dataclasses import dataclass
@@ -10,16 +9,27 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from cheaptrain.recipe.resolve import ModelFacts
-from cheaptrain.recipe.schema import Train
-from cheaptrain.report.activations import Activations
-from cheaptrain.train.space import moment_bytes
+from cheaptrain.recipe.schema import Checkpoint, Train
+from cheaptrain.report.measure import Held, Measured, Moment
+from cheaptrain.report.tracker import (
+    ACTIVATIONS,
+    BATCH,
+    COPIES,
+    GATHERED,
+    GRADIENTS,
+    LOSS,
+    MESSAGES,
+    WEIGHTS,
+)
 
-_LOGIT_BYTES = 8  # fp32, and a temporary of the same size
+OPTIMIZER = "optimizer"
+_ORDER = (WEIGHTS, OPTIMIZER, GRADIENTS, GATHERED, COPIES, ACTIVATIONS, LOSS, MESSAGES)
+_ORTHOGONALISING = 12  # bytes for each number of the largest matrix: see train/muon.py
 
 
 @dataclass(frozen=True)
 class MemoryPart:
-    """A line of the table: what, how many bytes, reckoned how."""
+    """A line of the table: what, how many bytes, of what."""
 
     name: str
     bytes: int
@@ -28,63 +38,101 @@ class MemoryPart:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """`peak`: the most that is alive at one moment, less than all parts together. Bytes of one process."""
+    """The fullest moment of the fullest process. `peak` is the sum of the parts; `when` says in words when that is."""
 
     parts: tuple[MemoryPart, ...]
-    peak: int
+    when: str
+    held: Held
+
+    @property
+    def peak(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+    def of(self, name: str) -> int:
+        """Bytes of one part."""
+        return sum(part.bytes for part in self.parts if part.name == name)
 
 
-def plan_memory(
-    train: Train,
-    facts: ModelFacts,
-    config: PreTrainedConfig,
-    activations: Activations,
-    *,
-    seq_len: int,
-    accumulation: int,
-    bf16: bool,
-) -> MemoryPlan:
-    """Reckon one process. `activations` must be counted with the same precision."""
-    parameters, rows = facts.parameters, train.micro_batch_size
-    tokens = rows * seq_len
-    head = config.vocab_size * config.hidden_size
-    chunk = min(train.loss_chunk_tokens, tokens)
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of one machine with `processes` of the run: while they build the model, and for copies that checkpoints
+    are written from."""
 
-    weights = MemoryPart("weights", 4 * parameters, "fp32, 4 bytes a parameter")
-    moments = MemoryPart("optimizer", moment_bytes(facts, train), _moments(train))
-    gradients = MemoryPart("gradients", 4 * parameters, "fp32, 4 bytes a parameter")
-    copies = MemoryPart(
-        "bf16 copies", activations.weight_copies + 2 * head, "of matrices, as autocast casts them, and of the head"
+    processes: int
+    building: int
+    copies: int
+
+
+def plan_memory(measured: Measured, train: Train, facts: ModelFacts, config: PreTrainedConfig) -> MemoryPlan:
+    """The fullest moment of what was measured, with the optimizer."""
+    optimizer = moments_held(measured.held, train)
+    moments = [*measured.moments, _stepping(measured, train)]
+    fullest = max(moments, key=lambda moment: moment.total)
+    parts = dict(fullest.parts)
+    parts[ACTIVATIONS] = parts.get(ACTIVATIONS, 0) + parts.pop(BATCH, 0)
+    parts[OPTIMIZER] = parts.get(OPTIMIZER, 0) + optimizer
+    how = _explained(measured, train, facts, config, whole=parts.get(GRADIENTS, 0) > 4 * measured.held.parameters)
+    table = tuple(MemoryPart(name, parts[name], how[name]) for name in _ORDER if parts.get(name))
+    return MemoryPlan(table, _when(fullest.place), measured.held)
+
+
+def peak_bytes(measured: Measured, train: Train) -> int:
+    """The peak of `plan_memory` alone."""
+    moments = [*measured.moments, _stepping(measured, train)]
+    return max(moment.total for moment in moments) + moments_held(measured.held, train)
+
+
+def moments_held(held: Held, train: Train) -> int:
+    """What the optimizer keeps of what a process holds: AdamW two fp32 numbers, Muon one for the hidden matrices."""
+    return 8 * held.parameters - (4 * held.hidden if train.optimizer == "muon" else 0)
+
+
+def host_memory(held: Held, train: Train, facts: ModelFacts, checkpoint: Checkpoint, processes: int) -> HostMemory:
+    """Of the machine of the fullest process, with `processes` of the run on it."""
+    copies = (4 * held.parameters + moments_held(held, train)) if checkpoint.asynchronous else 0
+    # Every process draws or reads the whole model on the CPU and keeps its share; one alone goes on with it as it is.
+    return HostMemory(processes, 4 * facts.parameters * processes, copies * processes)
+
+
+def _stepping(measured: Measured, train: Train) -> Moment:
+    """The optimizer's step: all gradients are there, and Muon has a matrix at hand."""
+    at_hand = _ORTHOGONALISING * measured.held.largest_matrix if train.optimizer == "muon" else 0
+    weights = max(moment.parts.get(WEIGHTS, 0) for moment in measured.moments)
+    return Moment("step", {WEIGHTS: weights, GRADIENTS: 4 * measured.held.parameters, OPTIMIZER: at_hand})
+
+
+def _when(place: str) -> str:
+    if place == "start":
+        return "when embedding and head are gathered"
+    if place == "loss":
+        return "the loss"
+    if place == "step":
+        return "the optimizer's step"
+    direction, _, layer = place.partition(" ")
+    which = {"first": "the first layer", "last": "the last layer", "middle": "the layers between"}.get(
+        layer, "the first layers"
     )
-    kept = MemoryPart(
-        "activations",
-        rows * activations.kept_of_row(train.activation_checkpointing),
-        f"{rows} x {seq_len:,} tokens, " + ("inputs of the layers" if train.activation_checkpointing else "all layers"),
-    )
-    recomputed = MemoryPart("one layer again", rows * max(activations.layers), "recomputed in the backward pass")
-    loss = MemoryPart(
-        "loss",
-        _LOGIT_BYTES * chunk * config.vocab_size
-        + 2 * (2 if bf16 else 4) * tokens * config.hidden_size  # the last hidden states and their gradient
-        + (6 if bf16 else 4) * head,  # the head's gradient, in bf16 a second time before it is summed
-        f"logits of {chunk:,} tokens x {config.vocab_size:,}, and the head's gradient",
-    )
-    parts = [weights, moments, gradients, kept, loss]
-    if bf16:
-        parts.insert(3, copies)
-    if train.activation_checkpointing:
-        parts.insert(-1, recomputed)
-
-    held = weights.bytes + moments.bytes
-    during = (copies.bytes if bf16 else 0) + kept.bytes + (gradients.bytes if accumulation > 1 else 0)
-    at_loss = during + loss.bytes
-    at_last_layer = during + 4 * head + (recomputed.bytes if train.activation_checkpointing else 0)
-    # The embedding's gradient comes as a whole, beside the one that it is added to.
-    after_backward = gradients.bytes + 4 * config.vocab_size * config.hidden_size
-    return MemoryPlan(tuple(parts), held + max(at_loss, at_last_layer, after_backward))
+    return f"the {direction} pass through {which}"
 
 
-def _moments(train: Train) -> str:
-    if train.optimizer == "adamw":
-        return "AdamW, 8 bytes a parameter"
-    return "Muon 4 bytes a hidden-matrix parameter, AdamW 8 the others"
+def _explained(
+    measured: Measured, train: Train, facts: ModelFacts, config: PreTrainedConfig, *, whole: bool
+) -> dict[str, str]:
+    setting, held = measured.setting, measured.held
+    sharded = held.parameters < facts.parameters
+    share = f"{held.parameters:,} of {facts.parameters:,} parameters" if sharded else f"{held.parameters:,} parameters"
+    tokens = setting.micro_batch_size * setting.seq_len // setting.layout.cp
+    chunk = min(setting.loss_chunk_tokens, tokens)
+    layers = "inputs of the layers, one layer again" if setting.recompute else "all layers"
+    return {
+        WEIGHTS: f"fp32, {share}",
+        OPTIMIZER: "AdamW, 8 bytes a parameter"
+        if train.optimizer == "adamw"
+        else "Muon 4 bytes a hidden-matrix parameter, AdamW 8 the others",
+        GRADIENTS: "fp32" + (", not sharded until the last micro-batch of a step" if whole else ""),
+        GATHERED: f"of the layers at hand in {'bf16' if setting.bf16 else 'fp32'}, embedding and head in fp32",
+        COPIES: "of matrices, as autocast casts them",
+        ACTIVATIONS: f"{setting.micro_batch_size} x {setting.seq_len // setting.layout.cp:,} tokens, {layers}",
+        LOSS: f"logits of {chunk:,} tokens x {config.vocab_size:,}, and the head's gradient",
+        MESSAGES: "buffers of what is being sent",
+    }

@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.text import Text
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from cheaptrain.recipe.layout import Layout
 from cheaptrain.recipe.resolve import ModelFacts, Resolved
-from cheaptrain.report.advice import warnings
+from cheaptrain.report.advice import settings_of, warnings
 from cheaptrain.report.reckon import PlanReport
+from cheaptrain.report.search import RULE
 from cheaptrain.report.sources import SourcePlan
 from cheaptrain.train.optim import DEFAULT_MUON_LR
 from cheaptrain.units import duration, human, size
@@ -22,6 +24,8 @@ from cheaptrain.units import duration, human, size
 WIDTH = 100
 _LABEL = 10
 _CHINCHILLA = 20  # tokens a parameter
+_UNEVEN = 1.01  # times the mean, from which on the fullest process is worth a line
+_TINY = 1e-6  # share of the peak that is not worth one
 
 
 def print_report(report: PlanReport, console: Console) -> None:
@@ -41,12 +45,15 @@ def report_lines(report: PlanReport) -> Iterator[Text]:
         ("rate", _rate(report)),
         ("data", _data(report)),
         ("memory", _memory(report)),
+        ("host", _host(report)),
+        ("proposal", _proposal(report)),
         ("compute", _compute(report)),
         ("time", _time(report)),
         ("disk", _disk(report)),
     ):
         yield from _labelled(label, lines)
-    for question in report.outlook.open_questions:
+    questions = [f"plan.gpu: reckoned with the {report.device.name}"] if report.device.assumed else []
+    for question in (*report.outlook.open_questions, *questions):
         yield from _labelled("missing", _wrapped(question), "cyan")
     for warning in warnings(report):
         yield from _labelled("warning", _wrapped(warning), "yellow")
@@ -86,9 +93,18 @@ def _batch(report: PlanReport) -> Iterator[str]:
     batch, world, seq_len = report.outlook.batch, report.outlook.world_size, report.recipe.data.seq_len
     yield f"{batch.tokens_per_step:,} tokens a step = {batch.rows_per_step:,} rows x {seq_len:,} tokens"
     yield (
-        f"{batch.rows_per_step:,} rows = {_plural(world, 'process', 'es')} x micro-batch {batch.micro_batch_size}"
+        f"{batch.rows_per_step:,} rows = {_readers(batch.layout)} x micro-batch {batch.micro_batch_size}"
         f" x accumulation {batch.accumulation}"
     )
+    if world > 1:
+        yield f"{world:,} processes: {batch.layout}"
+
+
+def _readers(layout: Layout) -> str:
+    each = layout.cp * layout.tp
+    if each == 1:
+        return _plural(layout.data_parallel, "process", "es")
+    return f"{_plural(layout.data_parallel, 'group')} of {each} processes"
 
 
 def _length(report: PlanReport) -> Iterator[str]:
@@ -167,17 +183,46 @@ def _estimate(source: SourcePlan) -> str:
 
 
 def _memory(report: PlanReport) -> Iterator[str]:
-    memory, device = report.memory, report.device
+    memory, device, world = report.memory, report.device, report.outlook.world_size
     if memory is None:
-        yield "unknown"
+        yield from _wrapped(f"unknown: {report.memory_unknown}" if report.memory_unknown else "unknown")
         return
     precision = "bf16 over fp32 weights" if report.bf16 else "fp32"
-    yield f"each process, {precision}, not compiled:"
+    yield from _wrapped(f"each process, {precision}, not compiled; the fullest moment is {memory.when}:")
     for part in memory.parts:
-        yield f"  {part.name:<16}{size(part.bytes):>8}  {part.how}"
+        if part.bytes > _TINY * memory.peak:
+            yield f"  {part.name:<18}{size(part.bytes):>8}  {part.how}"
     what = "the GPU's" if device.is_gpu else "the machine's"
-    share = memory.peak * (1 if device.is_gpu else report.outlook.world_size) / device.memory_bytes
-    yield f"  {'peak':<16}{size(memory.peak):>8}  {share:.0%} of {what} {size(device.memory_bytes)} ({device.name})"
+    share = memory.peak * (1 if device.is_gpu else world) / device.memory_bytes
+    yield f"  {'peak':<18}{size(memory.peak):>8}  {share:.0%} of {what} {size(device.memory_bytes)} ({device.name})"
+    if memory.held.parameters > _UNEVEN * memory.held.mean:
+        yield (
+            f"  the fullest process: it holds {human(memory.held.parameters)} parameters, the mean is "
+            f"{human(memory.held.mean)}"
+        )
+
+
+def _host(report: PlanReport) -> Iterator[str]:
+    host = report.host
+    if host is None or not report.device.is_gpu:
+        return
+    copies = f", {size(host.copies)} for copies that checkpoints are written from" if host.copies else ""
+    yield from _wrapped(
+        f"memory of a machine with {_plural(host.processes, 'process', 'es')}: {size(host.building)} while the model "
+        f"is built{copies}"
+    )
+
+
+def _proposal(report: PlanReport) -> Iterator[str]:
+    proposal = report.proposal
+    if not report.looked or proposal is None:
+        return
+    took = f", about {_seconds(proposal.step.total)} a step" if proposal.step else ""
+    yield f"{proposal.layout}: {size(proposal.memory.peak)} a process{took}"
+    yield f"  {settings_of(proposal)}"
+    yield from _wrapped(f"the first that fits, in this order: {RULE}", indent=2)
+    for reason in report.apart:
+        yield from _wrapped(f"tensor parallelism was left out: {reason}", indent=2)
 
 
 def _compute(report: PlanReport) -> Iterator[str]:
@@ -204,7 +249,13 @@ def _time(report: PlanReport) -> Iterator[str]:
     together = f" x {_plural(world, 'process', 'es')}" if world > 1 else ""
     took = duration(report.seconds) if report.seconds is not None else "unknown, as the length is;"
     yield f"{took} at {speed.tokens_per_second:,.0f} tokens/s{together}, validation and saving not counted"
-    yield speed.source
+    yield from _wrapped(speed.source)
+    if (step := report.step) is not None and speed.source.startswith("assumed"):
+        yield (
+            f"a step: {_seconds(step.compute)} of computing, {_seconds(step.waiting)} waiting for messages"
+            if world > 1
+            else f"a step: {_seconds(step.compute)}"
+        )
     if report.dollars is not None and price is not None:
         yield f"${report.dollars:,.2f} at ${price:g} a GPU-hour"
 
@@ -218,8 +269,13 @@ def _disk(report: PlanReport) -> Iterator[str]:
             yield f"{'':<12} {disk.how}"
 
 
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH - _LABEL, break_long_words=False, break_on_hyphens=False)
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s"
+
+
+def _wrapped(text: str, indent: int = 0) -> list[str]:
+    lines = textwrap.wrap(text, WIDTH - _LABEL - indent, break_long_words=False, break_on_hyphens=False)
+    return [" " * indent + line for line in lines]
 
 
 def _known(count: int | None) -> str:

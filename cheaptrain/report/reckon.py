@@ -9,20 +9,42 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from cheaptrain.errors import CheaptrainError, PreflightError
+from cheaptrain.hardware import GPUS_PER_NODE
 from cheaptrain.model.config import model_config
-from cheaptrain.recipe.schema import Recipe, Train
+from cheaptrain.recipe.layout import Layout
+from cheaptrain.recipe.schema import Recipe
 from cheaptrain.recipe.shares import shares_of_run
-from cheaptrain.report.activations import Activations, count_activations
 from cheaptrain.report.costs import Disk, Speed, checkpoint_disk, data_disk, expected_speed
 from cheaptrain.report.device import Device
-from cheaptrain.report.memory import MemoryPlan, plan_memory
+from cheaptrain.report.measure import Measured, Setting
+from cheaptrain.report.memory import HostMemory, MemoryPlan, host_memory, plan_memory
+from cheaptrain.report.pretend import as_one_of
+from cheaptrain.report.search import Found, Wanted, find
 from cheaptrain.report.sources import SourcePlan, plan_sources
+from cheaptrain.report.speed import StepTime, predicted_step_seconds
 from cheaptrain.train.outlook import Outlook
 
 
 @dataclass(frozen=True)
+class Proposal:
+    """The cheapest layout that fits, by the rule of `search.py`."""
+
+    layout: Layout
+    micro_batch_size: int
+    recompute: bool
+    memory: MemoryPlan
+    step: StepTime | None
+
+
+@dataclass(frozen=True)
 class PlanReport:
-    """Everything the block shows. None: not known. `fits` says which settings would fit the memory, if these do not."""
+    """Everything the block shows. None: not known.
+
+    `memory_unknown`: why it is. `refused`: why the model cannot be laid out like this. `fits` says which settings would
+    fit the memory, if these do not ("": none). `step`: the assumed time of one step. `looked`: whether a proposal was
+    looked for; `apart`: why tensor parallelism was left out of it.
+    """
 
     outlook: Outlook
     device: Device
@@ -30,7 +52,14 @@ class PlanReport:
     sources: tuple[SourcePlan, ...]
     bf16: bool
     memory: MemoryPlan | None
+    memory_unknown: str | None
+    refused: str | None
     fits: str | None
+    host: HostMemory | None
+    step: StepTime | None
+    looked: bool
+    proposal: Proposal | None
+    apart: tuple[str, ...]
     speed: Speed | None
     disks: tuple[Disk, ...]
 
@@ -52,21 +81,38 @@ class PlanReport:
         return None if price is None or self.seconds is None else self.seconds / 3600 * price * self.outlook.world_size
 
 
-def plan_report(outlook: Outlook, device: Device) -> PlanReport:
-    """Reckon a run on `device`, as far as the outlook goes."""
+def plan_report(outlook: Outlook, device: Device, *, propose: bool = False) -> PlanReport:
+    """Reckon a run on `device`, as far as the outlook goes. `propose`: also look for the cheapest layout that fits."""
     recipe, resolved, facts = outlook.recipe, outlook.resolved, outlook.facts
     shares = resolved.shares if resolved else shares_of_run(recipe, 0)
     sources = plan_sources(recipe.data, shares, dict(outlook.manifests), resolved is not None)
     bf16 = recipe.train.precision == "bf16" or (recipe.train.precision == "auto" and device.is_gpu)
-    config = memory = fits = None
+    config = found = unknown = refused = None
     if facts is not None and outlook.vocab_size is not None:
         config = model_config(outlook.model, vocab_size=outlook.vocab_size, seq_len=recipe.data.seq_len)
-        masked = recipe.data.document_mask and not (device.is_gpu and bf16)
-        activations = count_activations(config, recipe.data.seq_len, bf16=bf16, mask=masked)
-        memory, fits = _memory(outlook, device, config, activations, bf16)
+        try:
+            found = _find(outlook, device, config, bf16, propose)
+        except PreflightError as error:
+            refused = str(error)
+        except CheaptrainError as error:  # a class that does not run on tensors without memory may still train
+            unknown = str(error)
     disks = [data_disk(recipe, sources, outlook.vocab_size)]
     if facts is not None and resolved is not None:
         disks.append(checkpoint_disk(recipe, facts, resolved))
+    step = memory = host = proposal = None
+    if found is not None and config is not None and facts is not None:
+        memory = plan_memory(found.as_it_is, recipe.train, facts, config)
+        host = host_memory(memory.held, recipe.train, facts, recipe.checkpoint, min(outlook.world_size, GPUS_PER_NODE))
+        step = _step(outlook, device, found.as_it_is)
+        if found.cheapest is not None:
+            chosen = found.cheapest
+            proposal = Proposal(
+                chosen.setting.layout,
+                chosen.setting.micro_batch_size,
+                chosen.setting.recompute,
+                plan_memory(chosen.measured, recipe.train, facts, config),
+                _step(outlook, device, chosen.measured),
+            )
     return PlanReport(
         outlook=outlook,
         device=device,
@@ -74,42 +120,75 @@ def plan_report(outlook: Outlook, device: Device) -> PlanReport:
         sources=sources,
         bf16=bf16,
         memory=memory,
-        fits=fits,
-        speed=expected_speed(recipe, facts, device.gpu, on_gpu=device.is_gpu, here=device.here),
+        memory_unknown=unknown,
+        refused=refused,
+        fits=_mildest(found, recipe) if found else None,
+        host=host,
+        step=step,
+        looked=found.looked if found else False,
+        proposal=proposal,
+        apart=found.apart if found else (),
+        speed=expected_speed(recipe, outlook.batch.tokens_per_step, outlook.world_size, device, step),
         disks=tuple(disks),
     )
 
 
-def _memory(
-    outlook: Outlook, device: Device, config: PreTrainedConfig, activations: Activations, bf16: bool
-) -> tuple[MemoryPlan, str | None]:
-    """The plan as it is and, when it does not fit, the mildest change that does: "" if there is none."""
+def _find(outlook: Outlook, device: Device, config: PreTrainedConfig, bf16: bool, propose: bool) -> Found:
     recipe, batch, facts = outlook.recipe, outlook.batch, outlook.facts
     assert facts is not None
-    usable = device.usable_bytes(outlook.world_size)
-    rows = batch.rows_per_step // outlook.world_size
+    setting = Setting(
+        layout=batch.layout,
+        seq_len=recipe.data.seq_len,
+        micro_batch_size=batch.micro_batch_size,
+        accumulates=batch.accumulation > 1,
+        recompute=recipe.train.activation_checkpointing,
+        bf16=bf16,
+        masked=recipe.data.document_mask and not (device.is_gpu and bf16),
+        loss_chunk_tokens=recipe.train.loss_chunk_tokens,
+        objective=recipe.train.objective,
+    )
+    wanted = Wanted(
+        usable=device.usable_bytes(outlook.world_size),
+        rows=batch.rows_per_step,
+        nodes=device.is_gpu,
+        parameters=facts.parameters,
+        propose=propose,
+    )
+    if outlook.world_size > 1:
+        return as_one_of(outlook.world_size, find, config, setting, recipe.train, wanted)
+    try:
+        return find(config, setting, recipe.train, wanted)
+    except CheaptrainError:
+        raise
+    except Exception as error:
+        raise CheaptrainError(f"{type(error).__name__}: {error}") from error
 
-    def plan(train: Train) -> MemoryPlan:
-        return plan_memory(
-            train,
-            facts,
-            config,
-            activations,
-            seq_len=recipe.data.seq_len,
-            accumulation=rows // train.micro_batch_size,
-            bf16=bf16,
-        )
 
-    as_it_is = plan(recipe.train)
-    if as_it_is.peak <= usable:
-        return as_it_is, None
-    smaller = [micro for micro in range(recipe.train.micro_batch_size, 0, -1) if rows % micro == 0]
-    for checkpointing in sorted({recipe.train.activation_checkpointing, True}):
-        for micro in smaller:
-            changed = {"micro_batch_size": micro, "activation_checkpointing": checkpointing}
-            if plan(recipe.train.model_copy(update=changed)).peak <= usable:
-                both = [f"train.micro_batch_size = {micro}"] if micro != recipe.train.micro_batch_size else []
-                if checkpointing != recipe.train.activation_checkpointing:
-                    both.append("train.activation_checkpointing = true")
-                return as_it_is, " and ".join(both)
-    return as_it_is, ""
+def _mildest(found: Found, recipe: Recipe) -> str | None:
+    """The smallest change of settings that fits; "" if there is none, None when none is needed."""
+    if found.fits:
+        return None
+    if found.mildest is None:
+        return ""
+    setting, changes = found.mildest.setting, []
+    if setting.micro_batch_size != recipe.train.micro_batch_size:
+        changes.append(f"train.micro_batch_size = {setting.micro_batch_size}")
+    if setting.recompute != recipe.train.activation_checkpointing:
+        changes.append("train.activation_checkpointing = true")
+    return " and ".join(changes)
+
+
+def _step(outlook: Outlook, device: Device, measured: Measured) -> StepTime | None:
+    facts, setting, batch = outlook.facts, measured.setting, outlook.batch
+    if device.gpu is None or facts is None:
+        return None
+    return predicted_step_seconds(
+        setting.layout,
+        device.gpu,
+        flops=facts.flops_per_token * batch.tokens_per_step,
+        mfu=outlook.recipe.plan.mfu,
+        recompute=setting.recompute,
+        accumulation=batch.rows_per_step // (setting.micro_batch_size * setting.layout.data_parallel),
+        sent=measured.sent,
+        sent_before=measured.sent_before,
+    )
