@@ -9,19 +9,23 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 import torch
+from ranks import end_ranks
 from rich.console import Console
 from safetensors.torch import load_file
 
 from cheaptrain.data.prepare import prepare_recipe
 from cheaptrain.errors import CheaptrainError
+from cheaptrain.exits import guarded
 from cheaptrain.recipe.load import load_recipe
 
 WORDS = [
@@ -148,6 +152,36 @@ def train(*arguments: str) -> Callable[[], None]:
     return work
 
 
+def train_together(
+    size: int,
+    arguments: Sequence[str],
+    log: Path,
+    before: Callable[[int], None] = lambda rank: None,
+    timeout: float = 240,
+) -> dict[int, int | str]:
+    """What `launch/run.py` does with these recipes and overrides, in `size` processes; how each of them ended.
+
+    `before` is called in each with its rank, to put spies and faults in place. Output of all goes to `log`.
+    """
+    # Here, so that no child has to import them.
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+
+    from cheaptrain.train import chain as stages
+
+    def one(rank: int, _: int) -> None:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout = sys.stderr = os.fdopen(handle, "w", buffering=1, closefd=False)
+        # Several seconds in a process of its own, and no part of what is tested with this.
+        stages.print_plan = lambda *_: None
+        before(rank)
+        guarded(train(*arguments))
+
+    with tempfile.TemporaryDirectory(prefix="together-") as notes:
+        return end_ranks(one, size, folder=Path(notes), timeout=timeout)
+
+
 def tail(log: Path) -> str:
     """The end of a child's output."""
     return log.read_text(encoding="utf-8")[-3000:]
@@ -174,6 +208,89 @@ def train_with_spy(paths: list[str], spy: Path, overrides: tuple[str, ...] = ())
         run_chain(paths, overrides)
 
     return work
+
+
+def on_call(where: Any, name: str, call: int, act: Callable[[], None]) -> None:
+    """In this process, call `act` just before the `call`th call of the function `name` of the module `where`."""
+    plain, calls = getattr(where, name), [0]
+
+    def spied(*arguments: Any, **rest: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            act()
+        return plain(*arguments, **rest)
+
+    setattr(where, name, spied)
+
+
+def at_step(step: int, act: Callable[[Any], None]) -> None:
+    """In this process, call `act` with the stage just before it does the step of that number."""
+    from cheaptrain.train import loop
+
+    plain = loop._step
+
+    def spied(stage: Any, *rest: Any) -> Any:
+        if stage.ledger.step + 1 == step:
+            act(stage)
+        return plain(stage, *rest)
+
+    loop._step = spied
+
+
+def signal_at_step(step: int, number: int = signal.SIGTERM) -> None:
+    """In this process, get a signal just before the step of that number, which is then the last one done."""
+    at_step(step, lambda stage: os.kill(os.getpid(), number))
+
+
+def note_rows(file: Path) -> None:
+    """In this process, append to `file` what the model is fed in each step: `step`, `place` on the mesh, and `rows`,
+    token ids by micro-batch and row (with context parallelism this process's stretch of each)."""
+    from cheaptrain.train import loop
+
+    plain_step, plain, now = loop._step, loop.train_step, [0]
+
+    def spied_step(stage: Any, *rest: Any) -> Any:
+        now[0] = stage.ledger.step + 1
+        return plain_step(stage, *rest)
+
+    def spied(root: Any, optimizers: Any, batches: Any, *, mesh: Any, **rest: Any) -> Any:
+        rows = [batch.input_ids.tolist() for batch in batches]
+        line = json.dumps({"step": now[0], "place": mesh.get_coordinate(), "rows": rows}) + "\n"
+        with file.open("ab", buffering=0) as notes:
+            notes.write(line.encode())
+        return plain(root, optimizers, batches, mesh=mesh, **rest)
+
+    loop._step, loop.train_step = spied_step, spied
+
+
+def rows_of_steps(file: Path) -> dict[int, list[list[int]]]:
+    """The rows of each step in their global order, put together from what `note_rows` wrote in all processes."""
+    steps: dict[int, dict[tuple[int, ...], list[list[list[int]]]]] = {}
+    for note in read_lines(file):
+        places = steps.setdefault(note["step"], {})
+        assert tuple(note["place"]) not in places, f"step {note['step']} was done twice at {note['place']}"
+        places[tuple(note["place"])] = note["rows"]
+    return {step: _together(places) for step, places in steps.items()}
+
+
+def _together(places: dict[tuple[int, ...], list[list[list[int]]]]) -> list[list[int]]:
+    groups: dict[tuple[int, int], dict[tuple[int, int], list[list[list[int]]]]] = {}
+    for (replicate, shard, cp, tp), rows in sorted(places.items()):
+        groups.setdefault((replicate, shard), {})[cp, tp] = rows
+    whole = []
+    for shares in groups.values():
+        for (cp, _), rows in shares.items():
+            assert rows == shares[cp, 0], "processes that share matrices were fed different tokens"
+        stretches = [rows for (_, tp), rows in shares.items() if tp == 0]
+        micros = [zip(*micro, strict=True) for micro in zip(*stretches, strict=True)]
+        whole.append([[list(chain.from_iterable(parts)) for parts in rows] for rows in micros])
+    return [row for micro_step in zip(*whole, strict=True) for micro in micro_step for row in micro]
+
+
+def ledger_of(folder: Path) -> dict[str, Any]:
+    """The ledger in a checkpoint."""
+    ledger: dict[str, Any] = json.loads((folder / "state" / "trainer.json").read_text(encoding="utf-8"))["ledger"]
+    return ledger
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ PUBLISHED = {
     "gpt2-124m": (124_439_808, 50_257),
     "smollm2-135m": (134_515_008, 49_152),
 }
+ON_PAPER = {"7b", "70b", "671b"}  # their counts: test_plan_scale.py
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
@@ -46,7 +47,7 @@ def test_presets_name_their_source_and_the_small_ones_are_small() -> None:
     assert set(PUBLISHED) < set(PRESETS)
     for name, preset in PRESETS.items():
         assert preset.source
-        if name not in PUBLISHED:
+        if name not in PUBLISHED and name not in ON_PAPER:
             assert model_facts(Model(preset=name), 512, 128).parameters < 1_500_000
 
 
