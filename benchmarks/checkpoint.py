@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from results import report
-from runs import launched, prepared
+from runs import launched, prepared, wider
 
 STEPS, EVERY, ROUNDS = 9, 3, 1
 
@@ -24,7 +24,7 @@ def main() -> None:
     seconds: dict[tuple[int, bool], list[float]] = {}
     nbytes = 0
     with tempfile.TemporaryDirectory() as name:
-        recipe = prepared(Path(name), hidden=512, mlp=2048, layers=8, seq_len=128, steps=STEPS, batch=128 * 8, rows=4)
+        recipe = prepared(Path(name), vocab=8192, seq_len=128, steps=STEPS, batch=128 * 8, rows=4)
         for number in range(ROUNDS):
             for processes in (1, 2):
                 for background in (True, False):
@@ -32,6 +32,8 @@ def main() -> None:
                         recipe,
                         f"run-{number}-{processes}-{background}",
                         processes,
+                        *wider(512, 2048, 8),
+                        "train.cpu_threads=1",
                         f"checkpoint.every={EVERY} steps",
                         "checkpoint.keep_last=1",
                         f"checkpoint.asynchronous={str(background).lower()}",

@@ -20,41 +20,14 @@ from typing import Any
 
 import torch
 from results import report
-from rich.console import Console
+from runs import prepared
 from torch.nn import functional
 
-from cheaptrain.data.prepare import prepare_recipe
 from cheaptrain.model.build import build_model
 from cheaptrain.model.twin import plain_twin
-from cheaptrain.recipe.load import load_recipe
 from cheaptrain.train import loop
 from cheaptrain.train.chain import run_chain
 
-RECIPE = """
-[run]
-dir = "{folder}/run"
-[tokenizer.train]
-vocab_size = 2048
-sources = ["code"]
-max_bytes = "2MB"
-[model]
-preset = "quickstart"
-[data]
-dir = "{folder}/data"
-seq_len = {seq_len}
-[[data.sources]]
-name = "code"
-packages = ["datasets", "pydantic"]
-content = "code"
-weight = 1
-[train]
-steps = {steps}
-global_batch_tokens = {batch}
-micro_batch_size = {rows}
-lr = 1e-3
-[validation]
-tokens = 256
-"""
 SEQ_LEN, ROWS = 256, 16
 
 
@@ -65,10 +38,9 @@ def main() -> None:
     arguments = parser.parse_args()
     seconds: dict[str, list[float]] = {"cheaptrain": [], "barest, same document mask": [], "barest, causal only": []}
     with tempfile.TemporaryDirectory() as folder:
-        text = RECIPE.format(folder=folder, steps=arguments.steps, seq_len=SEQ_LEN, batch=SEQ_LEN * ROWS, rows=ROWS)
-        path = Path(folder) / "recipe.toml"
-        path.write_text(text, encoding="utf-8")
-        prepare_recipe(load_recipe(path).recipe, console=Console(quiet=True))
+        path = prepared(
+            Path(folder), vocab=2048, seq_len=SEQ_LEN, steps=arguments.steps, batch=SEQ_LEN * ROWS, rows=ROWS
+        )
         for number in range(arguments.rounds):
             ours, batches = our_steps(str(path), f"run.dir={folder}/run-{number}")
             seconds["cheaptrain"] += ours

@@ -15,12 +15,11 @@ RECIPE = """
 [run]
 dir = "{folder}/run"
 [tokenizer.train]
-vocab_size = 8192
+vocab_size = {vocab}
 sources = ["code"]
 max_bytes = "2MB"
 [model]
 preset = "quickstart"
-overrides = {{ hidden_size = {hidden}, intermediate_size = {mlp}, num_hidden_layers = {layers} }}
 [data]
 dir = "{folder}/data"
 seq_len = {seq_len}
@@ -35,18 +34,24 @@ steps = {steps}
 global_batch_tokens = {batch}
 micro_batch_size = {rows}
 lr = 1e-3
-cpu_threads = 1
 [validation]
 tokens = 256
 """
 
 
-def prepared(folder: Path, **values: Any) -> Path:
+def prepared(folder: Path, *, vocab: int, seq_len: int, steps: int, batch: int, rows: int) -> Path:
     """The recipe of these values in `folder`, its data prepared."""
     path = folder / "recipe.toml"
+    values = {"vocab": vocab, "seq_len": seq_len, "steps": steps, "batch": batch, "rows": rows}
     path.write_text(RECIPE.format(folder=folder, **values), encoding="utf-8")
     prepare_recipe(load_recipe(path).recipe, console=Console(quiet=True))
     return path
+
+
+def wider(hidden: int, mlp: int, layers: int) -> list[str]:
+    """The keys that make the model of the recipe larger."""
+    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
+    return [f"model.overrides.{name}={size}" for name, size in sizes.items()]
 
 
 def launched(recipe: Path, name: str, processes: int, *keys: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from results import report
-from runs import launched, prepared
+from runs import launched, prepared, wider
 
 from cheaptrain.recipe.load import load_recipe
 from cheaptrain.report.device import device_to_plan_for
@@ -35,12 +35,16 @@ PREDICTED = ("recipes/phase1.toml", "recipes/360m/phase1.toml", "recipes/950m/ph
 def main() -> None:
     speeds: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     with tempfile.TemporaryDirectory() as folder:
-        recipe = prepared(
-            Path(folder), hidden=384, mlp=1536, layers=6, seq_len=SEQ_LEN, steps=STEPS, batch=SEQ_LEN * ROWS, rows=4
-        )
+        recipe = prepared(Path(folder), vocab=8192, seq_len=SEQ_LEN, steps=STEPS, batch=SEQ_LEN * ROWS, rows=4)
         for number in range(ROUNDS):
             for index, (name, (processes, keys)) in enumerate(LAYOUTS.items()):
-                keys = (*keys, "checkpoint.every=100%", "validation.every=100%")
+                keys = (
+                    *keys,
+                    *wider(384, 1536, 6),
+                    "train.cpu_threads=1",
+                    "checkpoint.every=100%",
+                    "validation.every=100%",
+                )
                 records = launched(recipe, f"run-{number}-{index}", processes, *keys)
                 steps = [r["train/tokens_per_second"] for r in records if "train/tokens_per_second" in r]
                 speeds[name] += steps[3:]  # the first ones warm up

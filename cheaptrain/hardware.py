@@ -1,10 +1,11 @@
-"""GPUs by name: peak, memory and links, for the plan and for MFU.
+"""GPUs by name: peak, memory and links, for the plan and for MFU; and the cores of this machine.
 
 Dense bf16 peaks without sparsity, from the makers' data sheets. MFU is only shown for a GPU that is in this table: a
 number against a guessed peak would be worse than none. Links are one direction of NVLink, or of PCIe where there is
 none; the network is an assumption, which `cheaptrain plan` names as one.
 """
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -63,3 +64,8 @@ def _pattern(name: str) -> str:
     """The words of `name`, with anything but letters and digits, or nothing, between them."""
     words = re.findall("[a-z0-9]+", name.lower())
     return rf"(?<![a-z0-9]){'[^a-z0-9]*'.join(words)}(?![a-z0-9])"
+
+
+def visible_cores() -> int:
+    """Cores that this process may run on, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

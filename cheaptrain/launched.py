@@ -11,7 +11,6 @@ folder, and the launcher ends the rest.
 """
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import signal
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cheaptrain.errors import EXIT_DIVERGED, EXIT_STOPPED, PreflightError
-from cheaptrain.stopping import SIGNALS
+from cheaptrain.stopping import SIGNALS, end_with_parent
 
 EXIT_DIR = "CHEAPTRAIN_EXIT_DIR"
 ASKED = "asked"  # a file there once somebody asked the launcher to stop
@@ -30,7 +29,6 @@ ENV_APPLIED = "CHEAPTRAIN_ENV_APPLIED"  # the recipe's [env] was there from the 
 PROCESSES = "CHEAPTRAIN_PROCESSES"
 PATIENCE_SECONDS = 15.0  # how long a process that ends waits for the others to end alike
 LONG_PATIENCE_SECONDS = 300.0  # the same where training has agreed already: the main one may have uploads to finish
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ def announce(on_signal: Callable[[str], None]) -> None:
 
     for number in SIGNALS:  # they arrive ignored: the launcher makes its agent deaf, and that is inherited
         signal.signal(number, leave)
-    if sys.platform == "linux":  # the launcher dies, then its agent, then this: nothing trains on unseen
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)  # the launcher dies, then its agent, then this: nothing trains on unseen
     _write("pid", str(os.getpid()))
 
 

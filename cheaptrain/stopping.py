@@ -9,9 +9,11 @@ thread that is free to take it.
 """
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +21,16 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)  # loaded here: between fork and exec a child may only call
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 ECHO_SECONDS = 1.0  # a second signal this soon is the same request: under load a launcher passes it on late
+
+
+def end_with_parent(number: int) -> None:
+    """Ask the kernel to send this process the signal `number` when its parent dies. Linux only; elsewhere nothing."""
+    if sys.platform == "linux":
+        _libc.prctl(_PR_SET_PDEATHSIG, number)
 
 
 class SignalRequest:

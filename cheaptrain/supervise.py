@@ -7,12 +7,10 @@ once, when they can take it, and a second one when it is asked again.
 """
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +21,8 @@ from pathlib import Path
 import psutil
 
 from cheaptrain.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILURE, EXIT_PREFLIGHT, EXIT_RECIPE, EXIT_STOPPED
-from cheaptrain.launched import ASKED, ENV_APPLIED, EXIT_DIR, PR_SET_PDEATHSIG
-from cheaptrain.stopping import ECHO_SECONDS, SIGNALS
+from cheaptrain.launched import ASKED, ENV_APPLIED, EXIT_DIR
+from cheaptrain.stopping import ECHO_SECONDS, SIGNALS, end_with_parent
 
 KILL_AFTER_SECONDS = 5.0  # from the second request, or the crash of one process, to the end of all
 STRAGGLER_SECONDS = 15.0  # when one process left before training, the others have nothing to save either
@@ -202,15 +200,11 @@ def _signals() -> Iterator[Callable[[], list[int]]]:
         os.close(writer)
 
 
-_libc = ctypes.CDLL(None)  # loaded before the fork: the child only calls
-
-
 def _deaf() -> None:
     """In the agent, before it starts: no signal ends it but SIGKILL, which it gets when this process dies."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
 
 
 def _end_all(agent: "subprocess.Popen[bytes]", job: Job) -> None:

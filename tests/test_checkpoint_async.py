@@ -200,6 +200,7 @@ sys.exit(4)
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_with_an_error_does_not_drop_the_save_under_way(run: RunDirectory) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", ENDS_WITH_AN_ERROR, str(run.path)], env=environment, check=False)

@@ -439,6 +439,7 @@ def test_a_setting_of_the_recipe_does_not_reach_what_is_tried(tmp_path: Path, mo
     assert asked == {"processes": (2, "nosuch0", False), "device": (shape, "bf16", "nosuch0")}
 
 
+@pytest.mark.slow
 def test_gloo_on_an_interface_that_is_not_there_finds_no_cure() -> None:
     findings = list(communication_findings(2, {**os.environ, "GLOO_SOCKET_IFNAME": "nosuch0"}, on_gpu=False))
     assert "Unable to find address for: nosuch0" in findings[0].says
@@ -447,6 +448,7 @@ def test_gloo_on_an_interface_that_is_not_there_finds_no_cure() -> None:
     assert "all numbers right" in findings[-1].says
 
 
+@pytest.mark.slow
 def test_the_probe_under_a_launcher_prints_nothing_or_once_a_process() -> None:
     command = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no"
     launched = [sys.executable, "-m", "accelerate.commands.launch", *command.split(), "--dynamo_backend", "no"]

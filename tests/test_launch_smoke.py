@@ -57,6 +57,7 @@ def _start(folder: Path, log: str, *command: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
 
 
+@pytest.mark.slow
 def test_a_stopped_launch_is_not_gone_on_with_by_the_other_door(folder: Path) -> None:
     run = RunDirectory(folder / "run")
     process, deadline = _start(folder, "first.log", *CLI, "run.toml"), time.monotonic() + 180

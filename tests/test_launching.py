@@ -150,7 +150,14 @@ def _until(condition: Callable[[], object]) -> None:
 
 
 def _gone(pids: list[int]) -> bool:
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)
+    return not any(_alive(pid) for pid in pids)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize(
@@ -176,6 +183,7 @@ def test_the_exit_code_gets_lost_in_the_launcher_and_every_process_prints_the_er
     assert _gone([up["pid"] for up in run.notes("up").values()])  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_a_process_that_crashes_leaves_the_others_waiting(tmp_path: Path) -> None:
     run = Launch(tmp_path, "0:sleep,1:crash")
     answer, output = run.wait()
@@ -215,6 +223,7 @@ def test_ctrl_c_reaches_the_processes_twice_or_never(tmp_path: Path, processes: 
     assert output.count("stopped SIGINT: saved") == 1 and "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_signals_every_process_makes_a_second_request_of_it(tmp_path: Path) -> None:
     run = Launch(tmp_path, "all:train")
     run.await_notes("training", 2)
@@ -228,6 +237,7 @@ def test_a_scheduler_that_signals_every_process_makes_a_second_request_of_it(tmp
     assert "Traceback" not in output and sorted(run.notes("deliveries")) == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_agent_alone_ends_the_processes_after_thirty_seconds(tmp_path: Path) -> None:
     run = Launch(tmp_path, "all:train")
     run.await_notes("training", 2)
@@ -240,6 +250,7 @@ def test_a_signal_to_the_agent_alone_ends_the_processes_after_thirty_seconds(tmp
     assert run.wait()[0] == 75
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_something_running(tmp_path: Path) -> None:
     run = Launch(tmp_path, "all:sleep")  # hangs where no handler of training is installed
     ups = run.await_notes("up", 2)
@@ -282,7 +293,8 @@ def test_a_second_ctrl_c_before_there_are_processes_waits_for_them(tmp_path: Pat
     assert answer == 1 and "left at once" in output and _gone([agent.pid]), output
 
 
-@pytest.mark.parametrize("what", ["train", "sleep"])  # as training hears signals, and before
+# As training hears signals, and before.
+@pytest.mark.parametrize("what", [pytest.param("train", marks=pytest.mark.slow), "sleep"])
 def test_a_killed_launcher_leaves_processes_that_train_unseen(tmp_path: Path, what: str) -> None:
     run = Launch(tmp_path, f"all:{what}")
     run.await_notes("training" if what == "train" else "up", 2)
@@ -294,6 +306,7 @@ def test_a_killed_launcher_leaves_processes_that_train_unseen(tmp_path: Path, wh
     assert asked == ({0: {signal.SIGTERM}, 1: {signal.SIGTERM}} if what == "train" else {})
 
 
+@pytest.mark.slow
 def test_two_nodes_do_not_find_each_other_or_end_one_by_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -190,18 +190,23 @@ def _wide(name: str) -> bool:
     return LAYOUTS[name].cp * LAYOUTS[name].tp > 2
 
 
-@pytest.mark.parametrize(("name", "kind"), _cases("qwen3", "llama", "llama4", "gpt2"))
+def _fast_first(cases: list[Any], *fast: tuple[str, str]) -> list[Any]:
+    """The others take minutes: `make test-slow`."""
+    return [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in cases]
+
+
+_SMALL = [case for case in _cases("llama", "llama4", "gpt2") if LAYOUTS[case[0]].world_size == 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), _fast_first(_cases("qwen3", "llama", "llama4", "gpt2"), *_cases("qwen3"), *_SMALL)
+)
 def test_a_layout_does_not_change_loss_gradients_or_weights(name: str, kind: str) -> None:
     for tied in (True, False):
         wanted = _alone(kind, tied=tied, wide=_wide(name))
         got = _together(name, kind, tied=tied, wide=_wide(name))
         _compare(got, wanted)
         assert _moved(got[0], wanted) <= 1e-6
-
-
-def _fast_first(cases: list[Any], *fast: tuple[str, str]) -> list[Any]:
-    """The others take minutes: `make test-slow`."""
-    return [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in cases]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -230,7 +235,9 @@ def test_muon_updates_sharded_matrices_as_whole_ones(name: str, kind: str) -> No
     assert _moved(got[0], wanted) <= 2e-3
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("fsdp2xtp2", "fsdp2xcp2") else pytest.mark.slow) for n in LAYOUTS]
+)
 def test_recomputed_layers_give_the_same_gradients(name: str) -> None:
     wanted = _alone("qwen3", wide=_wide(name))
     _compare(_together(name, "qwen3", wide=_wide(name), recompute=True), wanted)
@@ -244,7 +251,13 @@ def test_recomputed_compiled_layers_give_the_same_gradients(name: str, kind: str
     _compare(_together(name, kind, wide=_wide(name), recompute=True, compiled=True), wanted)
 
 
-@pytest.mark.parametrize(("name", "kind"), [*_cases("qwen3"), ("fsdp2", "gpt2"), ("fsdp2", "llama4")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    _fast_first(
+        [*_cases("qwen3"), ("fsdp2", "gpt2"), ("fsdp2", "llama4")],
+        *(("fsdp2", "gpt2"), ("fsdp2", "llama4"), ("hsdp2x2", "qwen3"), ("fsdp2xtp2", "qwen3")),
+    ),
+)
 def test_bf16_rounds_the_same_places_on_every_layout(name: str, kind: str) -> None:
     wanted = _alone(kind, wide=_wide(name), dtype=torch.bfloat16)
     got = _together(name, kind, wide=_wide(name), dtype=torch.bfloat16)

@@ -59,7 +59,13 @@ def shown(report: PlanReport) -> str:
     return "\n".join(line.plain for line in report_lines(report))
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=str)
+QUICKLY_PLANNED = {"recipes/phase1.toml", "recipes/scale/671b.toml", "recipes/quickstart/phase2.toml"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=str(p), marks=() if str(p) in QUICKLY_PLANNED else pytest.mark.slow) for p in SHIPPED],
+)
 def test_a_shipped_recipe_cannot_be_planned_on_a_fresh_machine(
     path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

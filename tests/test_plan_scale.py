@@ -112,8 +112,21 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("how", ["fp32", "fp32, accumulates", "bf16, recompute", "fp32, recompute, accumulates"])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+FAST = {
+    ("fsdp2", "fp32, accumulates"),
+    ("fsdp2xtp2", "bf16, recompute"),
+    ("hsdp2x2xcp2", "fp32, recompute, accumulates"),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "how"),
+    [
+        pytest.param(layout, how, id=f"{name}-{how}", marks=() if (name, how) in FAST else pytest.mark.slow)
+        for name, layout in LAYOUTS.items()
+        for how in ("fp32", "fp32, accumulates", "bf16, recompute", "fp32, recompute, accumulates")
+    ],
+)
 def test_a_process_takes_other_memory_than_was_measured_without_any(layout: Layout, how: str) -> None:
     """Real tensors in a real allocator, in processes whose messages go nowhere: gloo would copy them a few times."""
     kind, processes = "llama" if layout.cp > 1 else "qwen3", layout.world_size
@@ -180,6 +193,7 @@ def _both_ways(kind: str, settings: list[Setting]) -> list[tuple[Measured, Measu
     return list(zip(continued, [measure(config, setting) for setting in settings], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DEEP)
 def test_a_deep_model_is_not_what_a_shallow_one_says(kind: str) -> None:
     settings = [
@@ -218,6 +232,7 @@ def _bytes_sent(settings: list[Setting]) -> list[dict[str, float]]:
     return [dict(measure(config, setting).sent) for setting in settings]
 
 
+@pytest.mark.slow
 def test_messages_are_counted_for_the_wrong_axis_or_not_at_all() -> None:
     plain = Setting(Layout(dp_shard=4), 64, 2, False, False, False, False, 64)
     model = model_facts(DEEP["qwen3"], 512, 64).parameters
@@ -265,6 +280,7 @@ def _measured_beside_a_group(rank: int, size: int, config: Any, setting: Setting
     return measured
 
 
+@pytest.mark.slow
 def test_measuring_disturbs_processes_that_train_or_takes_itself_for_one_of_them() -> None:
     config = model_config(spec_of("qwen3"), vocab_size=VOCABULARY, seq_len=SEQ)
     setting = replace(PLAIN, layout=Layout(dp_shard=4))
@@ -281,6 +297,7 @@ def _found(processes: int, usable: int, *, micro: int = 1, propose: bool = True)
     return as_one_of(processes, find, SMALL, setting, TRAIN, wanted)
 
 
+@pytest.mark.slow
 def test_what_is_proposed_does_not_fit_or_is_not_the_cheapest() -> None:
     costs = []
     for usable in (100, 60, 45, 20):
@@ -295,6 +312,7 @@ def test_what_is_proposed_does_not_fit_or_is_not_the_cheapest() -> None:
     assert _found(16, 5).cheapest is None
 
 
+@pytest.mark.slow
 def test_the_mildest_change_that_fits_is_a_harsher_one() -> None:
     one_row = peak_bytes(_found(2, 10**6, propose=False).as_it_is, TRAIN) // 10**6 + 1
     found = _found(2, one_row, propose=False)
@@ -391,6 +409,7 @@ def test_671b_is_not_the_shape_that_transformers_publishes() -> None:
     assert {name: getattr(ours, name) for name in shape} == {name: getattr(theirs, name) for name in shape}
 
 
+@pytest.mark.slow
 def test_671b_is_said_to_be_trainable() -> None:
     report = reckoned(load_recipe("recipes/scale/671b.toml"))
     text = shown(report)

@@ -292,7 +292,9 @@ def test_a_flipped_byte_in_a_shard_is_refused_before_training(tmp_path: Path) ->
     assert shard.name in tail(tmp_path / "log")
 
 
-@pytest.mark.parametrize("optimizer, compile", [("muon", "off"), ("adamw", "layers")])
+@pytest.mark.parametrize(
+    "optimizer, compile", [("muon", "off"), pytest.param("adamw", "layers", marks=pytest.mark.slow)]
+)
 def test_other_optimizers_and_compiled_layers_learn_and_resume(folder: Path, optimizer: str, compile: str) -> None:
     losses = []
     for name in ("straight", "resumed"):

@@ -48,20 +48,21 @@ def _same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_kill_at_20_random_moments_then_resume_is_bitwise_the_run_never_stopped(folder: Path) -> None:
+@pytest.mark.parametrize("wanted", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_at_random_moments_then_resume_is_bitwise_the_run_never_stopped(folder: Path, wanted: int) -> None:
     straight = [record["rows"] for record in read_lines(folder / "straight.spy")]
     place = {tuple(rows): step for step, rows in enumerate(straight)}
     assert len(place) == STEPS
     moments = random.Random(2)
     kills = 0
-    for number in range(20):
-        name = f"killed-{number}"
+    for number in range(wanted):
+        name = f"killed-{wanted}-{number}"
         recipe = write_recipe(folder / f"{name}.toml", recipe_table(folder, name))
         spy, log = folder / f"{name}.spy", folder / f"{name}.log"
         code = -9
         while code == -9:
             code = run_child(
-                train_with_spy([recipe], spy), log, kill_after=moments.uniform(0.1, 1.5) if kills < 20 else None
+                train_with_spy([recipe], spy), log, kill_after=moments.uniform(0.1, 1.5) if kills < wanted else None
             )
             kills += code == -9
         assert code == 0, tail(log)
@@ -73,9 +74,9 @@ def test_kill_at_20_random_moments_then_resume_is_bitwise_the_run_never_stopped(
         assert all(later <= earlier + 1 for earlier, later in pairwise(steps))
         assert set(steps) == set(range(STEPS))
         assert _losses(folder / name) == _losses(folder / "straight")
-        if kills == 20:
+        if kills == wanted:
             break
-    assert kills == 20
+    assert kills == wanted
 
 
 def _losses(run: Path) -> list[float]:

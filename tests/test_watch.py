@@ -83,6 +83,7 @@ def test_a_rank_that_hangs_in_its_loader_is_not_the_one_that_is_named(tmp_path: 
         assert len(states) == (1 if rank == 1 else 2)  # torchfrtrace tells from this who did not come
 
 
+@pytest.mark.slow
 def test_a_reader_thread_that_hangs_is_not_seen_in_the_stacks(tmp_path: Path) -> None:
     class Hanging(Loader):
         def __post_init__(self) -> None:
@@ -127,6 +128,7 @@ def test_a_reader_that_fails_on_one_rank_leaves_the_others_waiting(tmp_path: Pat
     assert "train-00003.bin" in pickle.loads((tmp_path / "notes" / "1").read_bytes())[1]
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_keeps_the_job_for_ever(tmp_path: Path) -> None:
     def part(rank: int, watcher: Watch, processes: Processes) -> None:
         watcher.beat("backward", 7)
@@ -183,6 +185,7 @@ def test_a_killed_rank_leaves_the_others_in_their_collective(tmp_path: Path) -> 
     assert ended == {0: 1, 1: -signal.SIGKILL, 2: 1}
 
 
+@pytest.mark.slow
 def test_a_rank_that_holds_the_interpreter_is_silent_about_its_stack(tmp_path: Path) -> None:
     def hold_the_interpreter() -> None:
         re.match(r"(a+)+$", "a" * 60 + "b")
@@ -213,6 +216,7 @@ def test_a_rank_that_left_with_an_error_is_not_named_by_those_who_wait(tmp_path:
     assert "rank 1 ended its part with OSError: disk on fire in phase 'saving', step 9" in _report(tmp_path)
 
 
+@pytest.mark.slow
 def test_long_phases_that_beat_and_waiting_for_them_are_taken_for_hangs(tmp_path: Path) -> None:
     """Rank 0 works alone for three time-outs and the others wait for it; then a wait that was announced."""
 
@@ -238,6 +242,7 @@ def test_long_phases_that_beat_and_waiting_for_them_are_taken_for_hangs(tmp_path
     assert not (tmp_path / "stacks").exists() and "ends the job" not in _everything(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_by_its_user_is_killed_when_it_goes_on(tmp_path: Path) -> None:
     """Ctrl-Z, a long lunch, fg: nothing was hanging."""
 
@@ -266,6 +271,7 @@ def test_a_process_that_was_stopped_by_its_user_is_killed_when_it_goes_on(tmp_pa
     thread.join()
 
 
+@pytest.mark.slow
 def test_the_time_out_of_the_start_stays_for_the_steps(tmp_path: Path) -> None:
     def part(rank: int, watcher: Watch, processes: Processes) -> None:
         watcher.beat("forward", 1)
@@ -279,6 +285,7 @@ def test_the_time_out_of_the_start_stays_for_the_steps(tmp_path: Path) -> None:
     assert "limit 0.5 s" in _report(tmp_path) and "step 2" in _report(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_threads_of_the_watch_grow(tmp_path: Path) -> None:
     assert run_ranks(_growth, 2, tmp_path) == [True, True]
 

@@ -8,7 +8,6 @@ interrupted and restarted.
 """
 
 import errno
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from cheaptrain.data.units import Job
 from cheaptrain.data.work import Work
 from cheaptrain.data.worker import Setup, Task
 from cheaptrain.errors import CheaptrainError, PreflightError, RecipeError, StoppedError
+from cheaptrain.hardware import visible_cores
 from cheaptrain.recipe.schema import Recipe
 from cheaptrain.say import say
 from cheaptrain.units import size
@@ -164,7 +164,7 @@ def _do_units(works: Sequence[Work], workers: int, setup: Setup, console: Consol
     if not waiting:
         return
     by_name = {work.job.source.name: work for work in works}
-    with Pool(min(workers or _cores(), waiting), setup) as pool, PrepareProgress(works, console) as progress:
+    with Pool(min(workers or visible_cores(), waiting), setup) as pool, PrepareProgress(works, console) as progress:
         while True:
             interruption.check()
             while pool.idle and (task := _next_task(works)):
@@ -188,7 +188,3 @@ def _next_task(works: Sequence[Work]) -> Task | None:
             work.in_flight.add(unit.index)
             return Task(work.job, unit, limit)
     return None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,13 +8,11 @@ interpreter, and on Linux the kernel when the parent is gone.
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +20,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from cheaptrain import stopping
+
 REPORT = "CHEAPTRAIN_DOCTOR_REPORT"  # tells a child where its report file is
 STARTED = "started"  # the first thing a child reports: from here on its time counts
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 3.0  # for the others to report, once one has failed
 _OUTPUT_BYTES = 20_000
-_PR_SET_PDEATHSIG = 1
 
 Report = dict[str, Any]
 
@@ -90,8 +89,8 @@ def report(**what: Any) -> None:
 
 def end_with_parent() -> None:
     """In a child of the doctor: the kernel kills this process when the one that started it is gone. Linux only."""
-    if sys.platform == "linux" and REPORT in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if REPORT in os.environ:
+        stopping.end_with_parent(signal.SIGKILL)
 
 
 def end_after(seconds: float) -> None:

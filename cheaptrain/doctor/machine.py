@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from cheaptrain.doctor.cgroup import core_limit, memory_limit
 from cheaptrain.doctor.findings import Finding, doubt, fail, note, ok
+from cheaptrain.hardware import visible_cores
 from cheaptrain.units import size
 
 _NAMED = ("torch", "transformers", "accelerate")
@@ -90,7 +91,7 @@ class Limits:
 def find_limits() -> Limits:
     """The limits of this process, which its children inherit."""
     memory = psutil.virtual_memory()
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = visible_cores()
     shm, locked = Path("/dev/shm"), resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return Limits(
         memory=memory.total,

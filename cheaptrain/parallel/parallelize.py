@@ -53,18 +53,18 @@ def parallelize(
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    kept = vectors(model)
+    kept = set(vectors(model))
     for vector in kept:
         if vector.device.type != mesh.device_type and not vector.is_meta:
             vector.data = vector.data.to(mesh.device_type)
     for layer in layers:
-        fully_shard(layer, mesh=over, mp_policy=policy, ignored_params=set(kept))
+        fully_shard(layer, mesh=over, mp_policy=policy, ignored_params=kept)
     fully_shard(
         root,
         mesh=over,
         mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
         reshard_after_forward=False,
-        ignored_params=set(kept),
+        ignored_params=kept,
     )
     for module in root.modules():
         if isinstance(module, FSDPModule):

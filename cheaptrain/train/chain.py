@@ -91,7 +91,7 @@ def _done_before(loaded: LoadedRecipe) -> Done | None:
     """What the newest checkpoint of the run says is behind it, at a glance; it is verified when the run is opened."""
     for folder in reversed(RunDirectory(Path(loaded.recipe.run.dir)).steps()):
         try:
-            return Ledger.from_json(read_scalars(folder / STATE)["ledger"]).done()
+            return _done_in(folder)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged or without state: whether that matters is found out when the run is opened
     return None
@@ -157,7 +157,12 @@ def _last_step(survey: Survey, checkpoint: Checkpoint | None) -> int:
 
 
 def _done_at(checkpoint: Checkpoint) -> Done | None:
-    return Ledger.from_json(read_scalars(checkpoint.path / STATE)["ledger"]).done() if checkpoint.has_state else None
+    return _done_in(checkpoint.path) if checkpoint.has_state else None
+
+
+def _done_in(folder: Path) -> Done | None:
+    """What the ledger of the checkpoint in `folder` says."""
+    return Ledger.from_json(read_scalars(folder / STATE)["ledger"]).done()
 
 
 @contextmanager

@@ -26,15 +26,13 @@ from cheaptrain.data.loader import Loader, validation_batches
 from cheaptrain.data.open import open_stream
 from cheaptrain.data.rows import RowBatch
 from cheaptrain.errors import PreflightError
-from cheaptrain.hardware import find_gpu
+from cheaptrain.hardware import find_gpu, visible_cores
 from cheaptrain.model.build import build_model
-from cheaptrain.model.config import model_config
-from cheaptrain.model.context import Context, check_context
+from cheaptrain.model.context import Context
 from cheaptrain.model.proof import prove_documents_isolated, prove_head
 from cheaptrain.parallel.mesh import data_rank, make_mesh
 from cheaptrain.parallel.parallelize import parallelize
 from cheaptrain.parallel.processes import Processes
-from cheaptrain.parallel.tensor import check_tensor_parallel
 from cheaptrain.parallel.watch import Watch
 from cheaptrain.recipe.layout import Layout
 from cheaptrain.recipe.schema import Model
@@ -170,9 +168,8 @@ def _compute(survey: Survey, processes: Processes, mesh: DeviceMesh) -> Compute:
     recipe, device = survey.loaded.recipe, processes.device
     if device.type == "cpu":
         # `accelerate launch` leaves each process one thread unless told otherwise, which halves the speed of a laptop.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(recipe.train.cpu_threads or max(1, cores // here))
+        torch.set_num_threads(recipe.train.cpu_threads or max(1, visible_cores() // here))
     precision = recipe.train.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
@@ -188,13 +185,10 @@ def _compute(survey: Survey, processes: Processes, mesh: DeviceMesh) -> Compute:
 
 
 def _model(survey: Survey, opened: OpenedRun, processes: Processes) -> PreTrainedModel:
-    recipe, tokenizer, layout = survey.loaded.recipe, survey.tokenizer, survey.resolved.layout
+    recipe, tokenizer = survey.loaded.recipe, survey.tokenizer
     spec = recipe.model
     if opened.checkpoint is not None:
         spec = Model(init_from=str(opened.checkpoint.path), vocab_multiple=recipe.model.vocab_multiple)
-    config = model_config(spec, vocab_size=tokenizer.size, seq_len=recipe.data.seq_len)
-    check_tensor_parallel(config, layout.tp)
-    check_context(config, seq_len=recipe.data.seq_len, cp=layout.cp, tp=layout.tp)
     return build_model(
         spec,
         vocab_size=tokenizer.size,

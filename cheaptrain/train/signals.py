@@ -9,7 +9,6 @@ after each step). The other trap is the end: when the first process ends, the la
 must not turn their "stopped, with a checkpoint" into "killed". After `finished` no signal counts.
 """
 
-import ctypes
 import math
 import os
 import signal
@@ -23,13 +22,12 @@ from pathlib import Path
 import psutil
 
 from cheaptrain.parallel.processes import Processes
-from cheaptrain.stopping import ECHO_SECONDS, SIGNALS, SignalRequest, heeded
+from cheaptrain.stopping import ECHO_SECONDS, SIGNALS, SignalRequest, end_with_parent, heeded
 
 MAX_TIME = "run.max_time"
 _SAVE_SECONDS = 60.0  # thought of a save until one was seen
 _RECENT_STEPS = 20
 _LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed.run")
-_PR_SET_PDEATHSIG = 1
 __all__ = ["ECHO_SECONDS", "MAX_TIME", "SIGNALS", "StopRequest", "agreed_stop", "launch_started", "stop_on_signals"]
 
 
@@ -134,6 +132,6 @@ def _stop_with_the_launcher() -> None:
     started would train on unseen. Linux only; started by anything else, nothing is asked."""
     parent = os.getppid()
     if _is_launched() and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent(signal.SIGTERM)
         if os.getppid() != parent:  # it died meanwhile
             os.kill(os.getpid(), signal.SIGTERM)

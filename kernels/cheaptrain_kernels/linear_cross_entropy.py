@@ -89,13 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
             gradient.mul_(supervised.unsqueeze(1))
             gradient = gradient.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = gradient @ compute_weight
-            if grad_weight is not None:
-                if gradient.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(gradient.T, chunk)
-                else:
-                    grad_weight += gradient.T @ chunk
+            add_chunk(gradient, chunk, compute_weight, None if grad_hidden is None else grad_hidden[rows], grad_weight)
             del log_probabilities, gradient  # or they would still be there when the next chunk's logits are made
         ctx.gradients, ctx.chunk_tokens = (grad_hidden, grad_weight), chunk_tokens
         ctx.mark_non_differentiable(correct)
@@ -104,12 +98,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = ctx.gradients
-        ctx.gradients = None  # free them: a second backward through the same loss is an error, as with any saved tensor
-        for gradient in (grad_hidden, grad_weight):
-            if gradient is not None:
-                _scale(gradient, grad_loss, ctx.chunk_tokens)
+        grad_hidden, grad_weight = scaled_gradients(ctx, grad_loss)
         return grad_hidden, grad_weight, None, None
+
+
+def add_chunk(
+    gradient: Tensor, chunk: Tensor, weight: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None
+) -> None:
+    """Take a chunk's gradient of the logits `[chunk, vocab]` on to its hidden states and to the head.
+
+    `chunk` `[chunk, hidden]`, `weight` `[vocab, hidden]` in the compute dtype. `grad_hidden` `[chunk, hidden]` is
+    filled, `grad_weight` `[vocab, hidden]` is added to, where they are wanted.
+    """
+    if grad_hidden is not None:
+        grad_hidden.copy_(gradient @ weight)
+    if grad_weight is not None:
+        if gradient.dtype == grad_weight.dtype:
+            grad_weight.addmm_(gradient.T, chunk)
+        else:
+            grad_weight += gradient.T @ chunk
+
+
+def scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that the forward pass left in `ctx.gradients`, times the incoming scalar, in place."""
+    gradients: tuple[Tensor | None, Tensor | None] = ctx.gradients
+    ctx.gradients = None  # free them: a second backward through the same loss is an error, as with any saved tensor
+    for gradient in gradients:
+        if gradient is not None:
+            _scale(gradient, grad_loss, ctx.chunk_tokens)
+    return gradients
 
 
 def _scale(gradient: Tensor, factor: Tensor, chunk_rows: int) -> None:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from cheaptrain_kernels.linear_cross_entropy import IGNORED, _scale
+from cheaptrain_kernels.linear_cross_entropy import IGNORED, add_chunk, scaled_gradients
 
 
 def vocab_rows(vocab: int, size: int, rank: int) -> range:
@@ -103,13 +103,7 @@ class _VocabParallelLinearCrossEntropy(torch.autograd.Function):
                 index, own = _own_targets(target, first, weight.shape[0])
                 logits.scatter_add_(1, index, -own.to(logits.dtype))
             gradient = logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = gradient @ compute_weight
-            if grad_weight is not None:
-                if gradient.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(gradient.T, chunk)
-                else:
-                    grad_weight += gradient.T @ chunk
+            add_chunk(gradient, chunk, compute_weight, None if grad_hidden is None else grad_hidden[rows], grad_weight)
             del logits, gradient  # or they would still be there when the next chunk's logits are made
         ctx.gradients, ctx.chunk_tokens = (grad_hidden, grad_weight), chunk_tokens
         ctx.mark_non_differentiable(correct)
@@ -118,11 +112,7 @@ class _VocabParallelLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        grad_hidden, grad_weight = ctx.gradients
-        ctx.gradients = None  # free them: a second backward through the same loss is an error, as with any saved tensor
-        for gradient in (grad_hidden, grad_weight):
-            if gradient is not None:
-                _scale(gradient, grad_loss, ctx.chunk_tokens)
+        grad_hidden, grad_weight = scaled_gradients(ctx, grad_loss)
         return grad_hidden, grad_weight, None, None, None, None
 
 
