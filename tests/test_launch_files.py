@@ -38,7 +38,7 @@ def _stand_ins(folder: Path) -> dict[str, str]:
     for name, body in STAND_INS.items():
         program = folder / "bin" / name
         program.parent.mkdir(exist_ok=True)
-        note = f"printf '%q ' {name} \"$@\" >> {folder}/calls; echo >> {folder}/calls"
+        note = f'call=$(printf \'%q \' {name} "$@"); echo "$call" >> {folder}/calls'  # one write: several may note
         program.write_text(f"#!/bin/bash\n{note}\n{body}\n", encoding="utf-8")
         program.chmod(0o755)
     return {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
