@@ -16,7 +16,7 @@ import numpy as np
 from results import report
 
 from cheaptrain.data.order import MixtureOrder
-from cheaptrain.data.rows import build_rows
+from cheaptrain.data.rows import StreamRows, build_rows
 from cheaptrain.data.stream import Shard, TokenStream
 
 REPEATS = 7
@@ -92,7 +92,8 @@ def _rows(seq_len: int, mean_document: int, selected: bool) -> dict[str, int | f
             -1, 16
         )
         sources = np.zeros(16, np.int64)
-        seconds = _best(lambda: [build_rows([stream], sources, rows, seq_len, True) for rows in batches])
+        source = StreamRows.whole(stream, seq_len, document_mask=True)
+        seconds = _best(lambda: [build_rows([source], sources, rows) for rows in batches])
     return {
         "seq_len": seq_len,
         "mean_document_tokens": mean_document,

@@ -19,15 +19,18 @@ from torch.nn import functional
 IGNORED = -100
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The plain way: all logits at once. Same arguments and results as `linear_cross_entropy`."""
     logits = functional.linear(hidden, weight).float()
-    loss = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    losses = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    loss = losses.sum() if weights is None else (losses * weights).sum()
     return loss, ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int = 8192
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, weights: Tensor | None = None, chunk_tokens: int = 8192
 ) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropies of `hidden @ weight.T`, and how many tokens were predicted right.
 
@@ -36,17 +39,19 @@ def linear_cross_entropy(
         weight: `[vocab, hidden]`, the head. Cast to the dtype of `hidden` for the products; its gradient is summed in
             the dtype of `weight`.
         labels: `[tokens]` int64, the target of each position; -100 is not supervised.
+        weights: `[tokens]` fp32, what each position's loss and gradient are multiplied by; None: 1.
         chunk_tokens: tokens whose logits exist at once.
 
     Returns:
-        loss: fp32 scalar, in nats, summed over supervised tokens (0 when there is none).
+        loss: fp32 scalar, in nats, summed over supervised tokens (0 when there is none), times their weights.
         correct: int64 scalar, supervised tokens whose likeliest next token is the label.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or labels.dim() != 1:
         raise ValueError(
             f"expected [tokens, hidden], [vocab, hidden], [tokens]; got {hidden.shape}, {weight.shape}, {labels.shape}"
         )
-    loss, correct = _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens)
+    check_weights(weights, labels)
+    loss, correct = _LinearCrossEntropy.apply(hidden, weight, labels, weights, chunk_tokens)
     return loss, correct
 
 
@@ -64,7 +69,9 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, chunk_tokens: int
+    ) -> tuple[Tensor, Tensor]:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         compute_weight = weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -76,18 +83,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_tokens)
             chunk, target = hidden[rows], labels[rows]
             supervised = target != IGNORED
+            counts_for = supervised if weights is None else supervised * weights[rows]  # [chunk]
             index = target.clamp_min(0).unsqueeze(1)  # [chunk, 1]
             logits = functional.linear(chunk, compute_weight).float()  # [chunk, vocab]
             correct += ((logits.argmax(-1) == target) & supervised).sum()
             log_probabilities = functional.log_softmax(logits, -1)
             del logits
-            loss -= (log_probabilities.gather(1, index).squeeze(1) * supervised).sum()
+            loss -= (log_probabilities.gather(1, index).squeeze(1) * counts_for).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             # softmax - one_hot, written over the log-probabilities; unsupervised rows become exactly zero.
             gradient = log_probabilities.exp_()
             gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
-            gradient.mul_(supervised.unsqueeze(1))
+            gradient.mul_(counts_for.unsqueeze(1))
             gradient = gradient.to(hidden.dtype)
             add_chunk(gradient, chunk, compute_weight, None if grad_hidden is None else grad_hidden[rows], grad_weight)
             del log_probabilities, gradient  # or they would still be there when the next chunk's logits are made
@@ -97,9 +105,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = scaled_gradients(ctx, grad_loss)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
+
+
+def check_weights(weights: Tensor | None, labels: Tensor) -> None:
+    """Raise ValueError for weights that are not one for each label."""
+    if weights is not None and weights.shape != labels.shape:
+        raise ValueError(f"expected a weight for each of the {labels.shape} labels; got {weights.shape}")
 
 
 def add_chunk(

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from cheaptrain_kernels.linear_cross_entropy import IGNORED, add_chunk, scaled_gradients
+from cheaptrain_kernels.linear_cross_entropy import IGNORED, add_chunk, check_weights, scaled_gradients
 
 
 def vocab_rows(vocab: int, size: int, rank: int) -> range:
@@ -32,7 +32,14 @@ def vocab_rows(vocab: int, size: int, rank: int) -> range:
 
 
 def vocab_parallel_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab: int, group: ProcessGroup, chunk_tokens: int = 8192
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab: int,
+    group: ProcessGroup,
+    weights: Tensor | None = None,
+    chunk_tokens: int = 8192,
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` with the head's rows spread over `group`. Collective: all its processes call it together.
 
@@ -46,10 +53,12 @@ def vocab_parallel_linear_cross_entropy(
         labels: `[tokens]` int64, the target of each position among the whole vocabulary; -100 is not supervised.
         vocab: rows of the whole head.
         group: the processes that share the head.
+        weights: `[tokens]` fp32, what each position's loss and gradient are multiplied by, the same on every process;
+            None: 1.
         chunk_tokens: tokens whose logits exist at once; the same on every process.
 
     Returns:
-        loss: fp32 scalar, in nats, summed over supervised tokens; the same bits on every process.
+        loss: fp32 scalar, in nats, summed over supervised tokens, times their weights; the same bits on every process.
         correct: int64 scalar, supervised tokens whose likeliest next token is the label; of equally likely ones the
             lowest id counts, as in `torch.argmax`.
 
@@ -57,7 +66,8 @@ def vocab_parallel_linear_cross_entropy(
     device assertion, later).
     """
     _check(hidden, weight, labels, vocab, group)
-    loss, correct = _VocabParallelLinearCrossEntropy.apply(hidden, weight, labels, vocab, group, chunk_tokens)
+    check_weights(weights, labels)
+    loss, correct = _VocabParallelLinearCrossEntropy.apply(hidden, weight, labels, weights, vocab, group, chunk_tokens)
     return loss, correct
 
 
@@ -79,7 +89,14 @@ def vocab_parallel_token_losses(
 class _VocabParallelLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, vocab: int, group: ProcessGroup, chunk_tokens: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        vocab: int,
+        group: ProcessGroup,
+        chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         first, compute_weight = _first_row(vocab, group), weight.to(hidden.dtype)
@@ -93,6 +110,8 @@ class _VocabParallelLinearCrossEntropy(torch.autograd.Function):
             chunk, target = hidden[rows], labels[rows]
             logits = functional.linear(chunk, compute_weight).float()  # [chunk, rows of the head here]
             losses, total, right = _reduce(logits, target, first, group)
+            if weights is not None:
+                losses = losses * weights[rows]
             loss += losses.sum()
             correct += right.sum()
             if grad_hidden is None and grad_weight is None:
@@ -102,6 +121,8 @@ class _VocabParallelLinearCrossEntropy(torch.autograd.Function):
             if weight.shape[0] > 0:
                 index, own = _own_targets(target, first, weight.shape[0])
                 logits.scatter_add_(1, index, -own.to(logits.dtype))
+            if weights is not None:
+                logits.mul_(weights[rows].unsqueeze(1))
             gradient = logits.to(hidden.dtype)
             add_chunk(gradient, chunk, compute_weight, None if grad_hidden is None else grad_hidden[rows], grad_weight)
             del logits, gradient  # or they would still be there when the next chunk's logits are made
@@ -111,9 +132,9 @@ class _VocabParallelLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = scaled_gradients(ctx, grad_loss)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _reduce(logits: Tensor, target: Tensor, first: int, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
