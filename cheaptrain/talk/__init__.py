@@ -1,0 +1,1 @@
+"""Talking to a checkpoint: in the terminal, on a page, through an OpenAI-compatible API."""
