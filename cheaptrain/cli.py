@@ -1,6 +1,7 @@
-"""The commands: prepare, plan, inspect, launch, doctor, schema."""
+"""The commands, each a few lines: what they do stands in the modules they import when they are asked for."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -31,13 +32,15 @@ def prepare(
     """Turn the sources of recipes into token shards. Can be killed and run again at any time."""
     from cheaptrain.data.prepare import prepare_recipe
     from cheaptrain.model.hub import fetch_model, is_future_checkpoint
-    from cheaptrain.recipe.load import load_recipe
+    from cheaptrain.recipe.load import load_recipes
+    from cheaptrain.recipe.parents import teacher_model
 
     paths, overrides = _split(arguments)
     part = _parse_shard(shard)
-    for recipe in [load_recipe(path, overrides).recipe for path in paths]:
-        if not is_future_checkpoint(recipe.model):
-            fetch_model(recipe.model)
+    for recipe in [loaded.recipe for loaded in load_recipes(paths, overrides)]:
+        for model in (recipe.model, *([teacher_model(recipe.distill)] if recipe.distill else [])):
+            if not is_future_checkpoint(model):
+                fetch_model(model)
         prepare_recipe(recipe, part, console=_console())
 
 
@@ -55,12 +58,13 @@ def plan(
     ] = None,
 ) -> None:
     """Say what a run would take: steps, tokens, memory, time, disk and money, on any number of GPUs. Starts nothing."""
-    from cheaptrain.recipe.load import load_recipe
+    from cheaptrain.recipe.load import load_recipes
+    from cheaptrain.recipe.parents import in_order
     from cheaptrain.report.plan import layout_overrides, print_plans
 
     paths, overrides = _split(arguments)
     overrides += layout_overrides(gpus, layout)
-    recipes = [load_recipe(path, overrides) for path in paths]
+    recipes = in_order(load_recipes(paths, overrides))
     print_plans(recipes, _console(), gpus=gpus is not None, propose=gpus is not None and layout is None)
 
 
@@ -79,18 +83,23 @@ def inspect(
         print_rows(load_recipe(path, overrides), _console(), first_row=start, count=rows)
 
 
+ProcessesHere = Annotated[
+    int | None, typer.Option(min=1, help="processes on this machine; default: what [parallel] says, else one a GPU")
+]
+NodeCount = Annotated[int, typer.Option(min=1, help="machines that train together; run the command on each")]
+NodeRank = Annotated[int, typer.Option(min=0, help="which of them this is, from 0")]
+MainAddress = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="of the first machine, the same on all")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the command and start nothing")]
+
+
 @app.command()
 def launch(
     arguments: RecipePaths,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="processes on this machine; default: what [parallel] says, else one a GPU")
-    ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="machines that train together; run the command on each")] = 1,
-    node_rank: Annotated[int, typer.Option(min=0, help="which of them this is, from 0")] = 0,
-    main_address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="of the first machine, the same on all")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the command and start nothing")] = False,
+    processes: ProcessesHere = None,
+    nodes: NodeCount = 1,
+    node_rank: NodeRank = 0,
+    main_address: MainAddress = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train: check the recipes, then start launch/run.py in as many processes as it takes. Ctrl-C saves first."""
     from cheaptrain import launching
@@ -99,6 +108,96 @@ def launch(
     machines = launching.parse_nodes(nodes, node_rank, main_address)
     code = launching.launch(paths, overrides, _console(), processes=processes, nodes=machines, dry_run=dry_run)
     raise typer.Exit(code)
+
+
+@app.command()
+def chain(
+    arguments: RecipePaths,
+    processes: ProcessesHere = None,
+    nodes: NodeCount = 1,
+    node_rank: NodeRank = 0,
+    main_address: MainAddress = None,
+    prepare_first: Annotated[bool, typer.Option("--prepare", help="prepare the data of all stages first")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train several stages, each after what it is made from. Finished ones are skipped; all are checked against each
+    other before the first."""
+    from cheaptrain.recipe.load import load_recipes
+    from cheaptrain.recipe.parents import in_order
+
+    paths, overrides = _split(arguments)
+    ordered = [str(loaded.path) for loaded in in_order(load_recipes(paths, overrides))]
+    if prepare_first and dry_run:
+        typer.echo(shlex.join(["cheaptrain", "prepare", *arguments]))
+    elif prepare_first:
+        prepare(arguments)
+    launch([*ordered, *overrides], processes, nodes, node_rank, main_address, dry_run)
+
+
+@app.command()
+def status(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE|RUN]… [key=value…]", help="recipes or run folders; default: all in outputs/"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Show the stages: done, running, failed, stale, and where their checkpoints are."""
+    from cheaptrain.report.status_view import print_status
+
+    print_status(what or [], _console(), as_json=as_json)
+
+
+@app.command(name="distill-cache")
+def distill_cache(
+    arguments: RecipePaths,
+    shard: Annotated[str | None, typer.Option(help="do part k of n only, e.g. 2/8")] = None,
+) -> None:
+    """Run the teacher once over the rows a recipe will read and keep what it says. Can be killed and run again."""
+    from cheaptrain.recipe.load import load_recipe
+    from cheaptrain.train.distill_cache import fill_cache
+
+    paths, overrides = _split(arguments)
+    part = _parse_shard(shard)
+    for path in paths:
+        fill_cache(load_recipe(path, overrides), part, _console())
+
+
+Against = Annotated[str | None, typer.Option(metavar="PATH", help="another checkpoint, side by side")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time")]
+SystemTurn = Annotated[str | None, typer.Option(help="system turn of the conversation")]
+NewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
+
+
+@app.command()
+def chat(
+    path: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="e.g. outputs/quickstart/sft_reasoning/final")],
+    against: Against = None,
+    system: SystemTurn = None,
+    temperature: Temperature = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1: all tokens")] = 1.0,
+    max_new_tokens: NewTokens = 512,
+    seed: Annotated[int | None, typer.Option(help="the same answers each time")] = None,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="keep the conversation there, as JSON")] = None,
+) -> None:
+    """Talk to a checkpoint in the terminal. /help lists what can be typed besides text."""
+    from cheaptrain.talk.terminal import Settings
+    from cheaptrain.talk.terminal import chat as talk
+
+    talk(path, against, Settings(system, temperature, top_p, max_new_tokens, seed, save), _console())
+
+
+@app.command()
+def serve(
+    path: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="e.g. outputs/quickstart/sft_reasoning/final")],
+    against: Against = None,
+    host: Annotated[str, typer.Option(help="another address than loopback lets others in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000,
+) -> None:
+    """A page to talk to a checkpoint, and an OpenAI-compatible /v1/chat/completions behind it."""
+    from cheaptrain.talk.server import serve as serve_checkpoints
+
+    serve_checkpoints(path, against, host, port, _console())
 
 
 @app.command()

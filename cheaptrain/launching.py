@@ -20,7 +20,7 @@ from rich.console import Console
 from cheaptrain.errors import CheaptrainError, PreflightError, RecipeError
 from cheaptrain.launched import ENV_APPLIED, PROCESSES
 from cheaptrain.recipe.layout import resolve_layout
-from cheaptrain.recipe.load import LoadedRecipe, load_recipe
+from cheaptrain.recipe.load import LoadedRecipe, load_recipes
 from cheaptrain.say import say
 from cheaptrain.supervise import supervise
 
@@ -90,7 +90,7 @@ def prepare(
     """What `launch` would start. Raises RecipeError and PreflightError."""
     if not script.exists():
         raise CheaptrainError(f"{script} is not there: install cheaptrain from its folder with `pip install -e .`")
-    recipes = [load_recipe(path, overrides) for path in paths]
+    recipes = load_recipes(paths, overrides)
     environment = recipe_environment(recipes)
     gpus = visible_gpus({**os.environ, **environment})
     here = processes_here(recipes, processes, nodes.count, gpus)

@@ -57,7 +57,7 @@ def trained(ledger: Ledger, recipe: Recipe, steps: int, world: int = 1, **facts:
     resolved = resolve(recipe, world, done=ledger.done(), **facts)
     ledger.begin(resolved)
     rows = resolved.rows_per_step
-    counts = StepCounts(rows, rows * ROW, rows, (rows,))
+    counts = StepCounts(rows, rows * ROW, rows, rows, (rows,))
     for _ in range(steps):
         ledger.add(counts, ["web"], StepResult(1.0, 0.5, 1.0, 1.0, counts, True, False), 1.0)
     return resolved

@@ -9,7 +9,7 @@ from token_files import numbered, stream_of
 
 from cheaptrain.data.loader import Loader
 from cheaptrain.data.order import MixtureOrder
-from cheaptrain.data.rows import RowBatch
+from cheaptrain.data.rows import RowBatch, StreamRows
 from cheaptrain.data.stream import TokenStream
 from cheaptrain.recipe.resolve import Resolved, resolve
 from cheaptrain.recipe.schema import Recipe
@@ -30,6 +30,10 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> list[TokenStream]:
         stream_of(folder, numbered(generator.integers(1, 30, count).tolist(), first=k * 20_000), shards=2, name=name)
         for k, (name, count) in enumerate(lengths.items())
     ]
+
+
+def sources_of(streams: list[TokenStream]) -> list[StreamRows]:
+    return [StreamRows.whole(stream, SEQ, document_mask=True) for stream in streams]
 
 
 def order_of(streams: list[TokenStream]) -> MixtureOrder:
@@ -55,9 +59,9 @@ def read_step(streams: list[TokenStream], resolved: Resolved, first_row: int) ->
     """The step as the data ranks of this layout read it: [data rank][micro-batch]."""
     order, ranks = order_of(streams), resolved.layout.data_parallel
     return [
-        Loader(
-            order, streams, SEQ, resolved.rows_per_step, resolved.micro_batch_size, rank, ranks, document_mask=True
-        ).step(first_row)
+        Loader(order, sources_of(streams), resolved.rows_per_step, resolved.micro_batch_size, rank, ranks).step(
+            first_row
+        )
         for rank in range(ranks)
     ]
 
@@ -127,7 +131,7 @@ def test_a_resume_or_a_changed_batch_reads_a_row_twice_or_skips_one(streams: lis
             firsts.append(ledger.rows_seen)
             ranks = read_step(streams, resolved, ledger.rows_seen)
             seen.append(in_order(ranks))
-            vector = sum((counts_vector(batches, len(WEIGHTS)) for batches in ranks), torch.zeros(4, dtype=torch.int64))
+            vector = sum((counts_vector(batches, len(WEIGHTS)) for batches in ranks), torch.zeros(5, dtype=torch.int64))
             counts = counts_from(vector, SEQ)
             ledger.add(counts, list(WEIGHTS), StepResult(1.0, 0.5, 1.0, 1.0, counts, True, False), 1.0)
     total = sum(rows * steps for *_, rows, steps in SESSIONS)
@@ -151,12 +155,11 @@ def test_prefetching_goes_on_at_the_old_batch_after_a_change(streams: list[Token
         resolved = resolved_for(2, rows, 1, ledger)
         ledger.begin(resolved)
         loaders = [
-            Loader(order, streams, SEQ, rows, 1, rank, 2, document_mask=True).prefetch(ledger.rows_seen, steps)
-            for rank in range(2)
+            Loader(order, sources_of(streams), rows, 1, rank, 2).prefetch(ledger.rows_seen, steps) for rank in range(2)
         ]
         for ranks in zip(*loaders, strict=True):
             positions.append(in_order(list(ranks))["input_ids"])
-            counts = counts_from(sum((counts_vector(b, 3) for b in ranks), torch.zeros(4, dtype=torch.int64)), SEQ)
+            counts = counts_from(sum((counts_vector(b, 3) for b in ranks), torch.zeros(5, dtype=torch.int64)), SEQ)
             ledger.add(counts, names, StepResult(1.0, 0.5, 1.0, 1.0, counts, True, False), 1.0)
     alone = in_order(read_step(streams, resolved_for(1, 208, 208), 0))["input_ids"]
     assert torch.equal(torch.cat(positions), alone)

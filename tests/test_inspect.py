@@ -11,7 +11,7 @@ from token_files import numbered, stream_of
 
 from cheaptrain.data.manifest import load_manifest
 from cheaptrain.data.open import open_stream
-from cheaptrain.data.rows import IGNORED, RowBatch, build_rows
+from cheaptrain.data.rows import IGNORED, RowBatch, StreamRows, build_rows
 from cheaptrain.data.stream import TokenStream
 from cheaptrain.data.tokenizer import load_tokenizer
 from cheaptrain.errors import PreflightError, RecipeError
@@ -45,7 +45,8 @@ def batch_of(loaded: LoadedRecipe, rows: int) -> RowBatch:
     order = mixture_order(recipe, {name: manifest.facts() for name, manifest in manifests.items()})
     streams = streams_of(loaded)
     sources, indices, _ = order.locate(np.arange(rows))
-    return build_rows([streams[name] for name in order.names], sources, indices, recipe.data.seq_len, True)
+    rows_of = [StreamRows.whole(streams[name], recipe.data.seq_len, True) for name in order.names]
+    return build_rows(rows_of, sources, indices)
 
 
 def shown(loaded: LoadedRecipe, first: int, count: int) -> str:
@@ -131,11 +132,12 @@ def test_counts_of_a_pass_are_estimates(
     generator, seq_len = np.random.default_rng(seed), 8
     lengths = generator.choice([1, 2, 3, 7, 8, 9, 16, 17, 40], size=25).tolist()
     stream = stream_of(tmp_path, numbered(lengths), shards=3)
-    counts = count_pass(stream, seq_len, document_mask=True)
+    source = StreamRows.whole(stream, seq_len, document_mask=True)
+    counts = count_pass(source)
     rows = (sum(lengths) - 1) // seq_len
     owner = np.repeat(np.arange(len(lengths)), lengths)  # [tokens]
     grid = owner[: rows * seq_len].reshape(rows, seq_len)
-    batch = build_rows([stream], np.zeros(rows, np.int64), np.arange(rows), seq_len, document_mask=True)
+    batch = build_rows([source], np.zeros(rows, np.int64), np.arange(rows))
     assert counts.rows == rows
     assert counts.left_over == sum(lengths) - rows * seq_len - 1
     assert counts.without_target == int((batch.labels == IGNORED).sum()) == rows * seq_len - batch.supervised

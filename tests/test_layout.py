@@ -12,7 +12,8 @@ from recipe_texts import MINIMAL, line_of, load_text
 from cheaptrain.errors import RecipeError
 from cheaptrain.recipe.batch import resolve_batch
 from cheaptrain.recipe.identity import identity
-from cheaptrain.recipe.layout import Layout, resolve_layout
+from cheaptrain.recipe.layout import Layout, planned_processes, resolve_layout
+from cheaptrain.recipe.load import load_recipe
 from cheaptrain.recipe.resolve import resolve
 from cheaptrain.recipe.schema import Parallel, Recipe
 
@@ -167,3 +168,22 @@ def test_a_row_that_its_processes_cannot_share_is_refused(seq_len: int, cp: int,
 
 def test_a_layout_makes_another_run() -> None:
     assert identity(build({"tp": 2, "step_timeout": "5min"})) == identity(build())
+
+
+@pytest.mark.parametrize(
+    ("keys", "processes"),
+    [
+        ((), 1),
+        (("parallel.tp=2",), 2),
+        (("parallel.tp=2", "parallel.dp_shard=3", "parallel.cp=5", "parallel.dp_replicate=7"), 210),
+        (("parallel.tp=2", "plan.gpus=8"), 8),
+    ],
+)
+def test_a_recipe_with_tp_cannot_be_planned_without_saying_how_many(
+    tmp_path: Path, keys: tuple[str, ...], processes: int
+) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(MINIMAL, encoding="utf-8")
+    recipe = load_recipe(str(path), keys).recipe
+    assert planned_processes(recipe) == processes
+    assert resolve_layout(recipe.parallel, processes).world_size == processes

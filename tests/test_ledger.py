@@ -47,9 +47,12 @@ def batch(sources: list[int], unsupervised: int = 0) -> RowBatch:
 def test_a_process_enters_its_own_rows_only() -> None:
     ranks = [[batch([0, 1]), batch([0, 0], unsupervised=3)], [batch([2, 2], unsupervised=1), batch([0, 1])]]
     vectors = [counts_vector(batches, len(NAMES)) for batches in ranks]
-    assert [vector.tolist() for vector in vectors] == [[4 * SEQ - 3, 3, 1, 0], [4 * SEQ - 1, 1, 1, 2]]
+    assert [vector.tolist() for vector in vectors] == [
+        [4 * SEQ - 3, 4 * SEQ - 3, 3, 1, 0],
+        [4 * SEQ - 1, 4 * SEQ - 1, 1, 1, 2],
+    ]
     counts = counts_from(sum(vectors[1:], vectors[0]), SEQ)
-    assert counts == StepCounts(8, 8 * SEQ, 8 * SEQ - 4, (4, 2, 2))
+    assert counts == StepCounts(8, 8 * SEQ, 8 * SEQ - 4, 8 * SEQ - 4, (4, 2, 2))
     ledger = Ledger()
     ledger.begin(resolved(world=2))
     ledger.add(counts, NAMES, result(counts), 2.0)
@@ -64,7 +67,7 @@ def test_a_process_enters_its_own_rows_only() -> None:
 def test_rows_lost_or_counted_twice_between_processes_stand_in_the_account(rows: int) -> None:
     ledger = Ledger()
     ledger.begin(resolved())
-    counts = StepCounts(rows, rows * SEQ, rows * SEQ, (rows,))
+    counts = StepCounts(rows, rows * SEQ, rows * SEQ, rows * SEQ, (rows,))
     with pytest.raises(CheaptrainError, match=f"step 1: .* read {rows * SEQ:,} tokens in {rows} rows, .* is 512"):
         ledger.add(counts, ["web"], result(counts), 1.0)
     assert (ledger.step, ledger.tokens_seen, ledger.source_tokens) == (0, 0, {}), "nothing of it was entered"
@@ -73,7 +76,7 @@ def test_rows_lost_or_counted_twice_between_processes_stand_in_the_account(rows:
 def steps(ledger: Ledger, now: Resolved, count: int) -> None:
     ledger.begin(now)
     rows = now.rows_per_step
-    counts = StepCounts(rows, rows * SEQ, rows, (rows,))
+    counts = StepCounts(rows, rows * SEQ, rows, rows, (rows,))
     for _ in range(count):
         ledger.add(counts, ["web"], result(counts), 1.0)
 

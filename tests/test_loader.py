@@ -13,8 +13,9 @@ import torch
 from token_files import numbered, stream_of
 
 from cheaptrain.data.loader import Loader, validation_batches
+from cheaptrain.data.open import held_out_rows
 from cheaptrain.data.order import MixtureOrder
-from cheaptrain.data.rows import RowBatch
+from cheaptrain.data.rows import RowBatch, StreamRows
 from cheaptrain.data.stream import TokenStream
 from cheaptrain.errors import RecipeError
 
@@ -31,6 +32,16 @@ def streams(tmp_path: Path) -> list[TokenStream]:
     ]
 
 
+def sources_of(streams: list[TokenStream]) -> list[StreamRows]:
+    return [StreamRows.whole(stream, SEQ_LEN, document_mask=True) for stream in streams]
+
+
+def held_out(
+    stream: TokenStream, seq_len: int, max_tokens: int, mask: bool, rank: int = 0, ranks: int = 1
+) -> list[RowBatch]:
+    return list(validation_batches(held_out_rows(stream, seq_len, max_tokens, mask), 2, rank, ranks))
+
+
 def loader_of(
     streams: list[TokenStream],
     data_parallel: int = 1,
@@ -40,7 +51,7 @@ def loader_of(
 ) -> Loader:
     rows = {name: (stream.tokens - 1) // SEQ_LEN for name, stream in zip(WEIGHTS, streams, strict=True)}
     order = MixtureOrder(3, WEIGHTS, rows)
-    return Loader(order, streams, SEQ_LEN, rows_per_step, micro_batch_size, rank, data_parallel, document_mask=True)
+    return Loader(order, sources_of(streams), rows_per_step, micro_batch_size, rank, data_parallel)
 
 
 def rows_read(batches: list[RowBatch]) -> list[tuple[int, int]]:
@@ -200,9 +211,9 @@ def test_step_that_does_not_divide_drops_rows(
 def test_order_made_for_other_streams_is_used(streams: list[TokenStream]) -> None:
     order = loader_of(streams).order
     with pytest.raises(ValueError, match="'web'"):
-        Loader(order, [streams[1], streams[0], streams[2]], SEQ_LEN, 12, 1, 0, 1, document_mask=True)
+        Loader(order, sources_of([streams[1], streams[0], streams[2]]), 12, 1, 0, 1)
     with pytest.raises(ValueError, match="shorter"):
-        Loader(order, streams[:2], SEQ_LEN, 12, 1, 0, 1, document_mask=True)
+        Loader(order, sources_of(streams[:2]), 12, 1, 0, 1)
 
 
 @pytest.mark.parametrize("seq_len", [3, 4, 7, 100])
@@ -213,7 +224,7 @@ def test_validation_loses_tokens_or_counts_padding(
 ) -> None:
     lengths = [6, 1, 9, 4, 11]
     stream = stream_of(tmp_path, numbered(lengths))
-    batches = list(validation_batches(stream, seq_len, 2, max_tokens, document_mask))
+    batches = held_out(stream, seq_len, max_tokens, document_mask)
     inputs = min(max_tokens, 30)
     first_tokens = np.cumsum([0, *lengths])[:-1].tolist() if document_mask else []
     labels = torch.cat([batch.labels.reshape(-1) for batch in batches])
@@ -240,11 +251,8 @@ def test_validation_on_more_processes_hangs_or_scores_other_tokens(
     tmp_path: Path, data_parallel: int, seq_len: int, max_tokens: int
 ) -> None:
     stream = stream_of(tmp_path, numbered([6, 1, 9, 4, 11]))
-    alone = list(validation_batches(stream, seq_len, 2, max_tokens, True))
-    ranks = [
-        list(validation_batches(stream, seq_len, 2, max_tokens, True, rank, data_parallel))
-        for rank in range(data_parallel)
-    ]
+    alone = held_out(stream, seq_len, max_tokens, True)
+    ranks = [held_out(stream, seq_len, max_tokens, True, rank, data_parallel) for rank in range(data_parallel)]
     # Sharded models run forward together: a rank with a batch more would wait for ever.
     assert {len(batches) for batches in ranks} == {-(-len(alone) // data_parallel)}
     together = [batch for turn in zip(*ranks, strict=True) for batch in turn]
@@ -274,13 +282,13 @@ def test_validation_on_more_processes_hangs_or_scores_other_tokens(
 
 
 def test_validation_of_a_stream_without_a_target_fails(tmp_path: Path) -> None:
-    assert list(validation_batches(stream_of(tmp_path, [[7]]), 4, 2, 100, True)) == []
-    assert list(validation_batches(TokenStream([]), 4, 2, 100, True)) == []
+    assert held_out(stream_of(tmp_path, [[7]]), 4, 100, True) == []
+    assert held_out(TokenStream([]), 4, 100, True) == []
     # Documents of one token: every target would be the first token of another document.
     lonely = stream_of(tmp_path, [[7], [8], [9]], name="lonely")
     for rank in range(3):
-        assert list(validation_batches(lonely, 4, 2, 100, True, rank, 3)) == []
-        assert len(list(validation_batches(lonely, 4, 2, 100, False, rank, 3))) == 1
+        assert held_out(lonely, 4, 100, True, rank, 3) == []
+        assert len(held_out(lonely, 4, 100, False, rank, 3)) == 1
     begun = stream_of(tmp_path, [[7], [8], [9, 10]], name="begun")
-    assert list(validation_batches(begun, 4, 2, 2, True)) == [], "the first two targets start documents"
-    assert [batch.supervised for batch in validation_batches(begun, 4, 2, 3, True)] == [1]
+    assert held_out(begun, 4, 2, True) == [], "the first two targets start documents"
+    assert [batch.supervised for batch in held_out(begun, 4, 3, True)] == [1]

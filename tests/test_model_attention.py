@@ -64,6 +64,26 @@ def test_a_document_id_used_again_is_another_document() -> None:
     assert mask.int().tolist() == torch.block_diag(*[torch.ones(2, 2).tril()] * 3).int().tolist()
 
 
+@pytest.mark.parametrize("preset", TINY)
+def test_long_rows_without_a_mask_attend_otherwise_than_with_it(monkeypatch, preset: str) -> None:
+    """One document after the other gives the losses and gradients of the block-diagonal mask."""
+    model, ids, (positions, documents) = build(preset).eval(), tokens(), positions_and_documents()
+    found = []
+    for longest in (32, 8):
+        monkeypatch.setattr(attention, "LONGEST_MASK", longest)
+        inputs = attention_inputs(documents, True)
+        assert (inputs["packing_mask"] is None) == (longest == 8)
+        model.zero_grad()
+        hidden = decoder(model)(input_ids=ids, position_ids=positions, **inputs).last_hidden_state
+        (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+        found.append((hidden.detach(), [p.grad.clone() for p in decoder(model).parameters() if p.grad is not None]))
+    (hidden, gradients), (other, others) = found
+    assert (hidden - other).abs().max() < 1e-5
+    assert len(gradients) == len(others) > 0
+    for ours, theirs in zip(gradients, others, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * max(1.0, ours.abs().max())
+
+
 def test_boundaries_cover_every_token_once_and_keep_their_shape() -> None:
     _, documents = positions_and_documents()
     boundaries = attention._boundaries(documents[:, 1:] != documents[:, :-1])

@@ -257,11 +257,10 @@ def test_init_from_takes_the_weights_and_config_only_the_shape(checkpoint: Path)
     assert all(torch.equal(value, seeded[name]) for name, value in fresh.state_dict().items())
 
 
-def test_init_from_keeps_its_larger_vocabulary_and_refuses_a_smaller_one(checkpoint: Path) -> None:
+def test_init_from_keeps_its_larger_vocabulary_and_grows_a_smaller_one(checkpoint: Path) -> None:
     model = build(Model(init_from=str(checkpoint)), vocab_size=300)
     assert (model.config.vocab_size, model.config.unpadded_vocab_size) == (512, 300)
-    with pytest.raises(RecipeError, match=r"vocabulary of 512, the tokenizer 513: use the model's own tokenizer"):
-        build(Model(init_from=str(checkpoint)), vocab_size=513)
+    assert build(Model(init_from=str(checkpoint)), vocab_size=513).config.vocab_size == 576
 
 
 def test_init_from_overrides_may_change_use_but_not_shapes(checkpoint: Path) -> None:

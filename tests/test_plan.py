@@ -20,7 +20,7 @@ from cheaptrain.model.facts import model_facts
 from cheaptrain.parallel.mesh import make_mesh
 from cheaptrain.parallel.parallelize import parallelize
 from cheaptrain.parallel.processes import join
-from cheaptrain.recipe.layout import Layout
+from cheaptrain.recipe.layout import Layout, planned_processes
 from cheaptrain.recipe.load import LoadedRecipe, load_recipe
 from cheaptrain.recipe.resolve import resolve
 from cheaptrain.recipe.schema import Model, Train
@@ -51,7 +51,7 @@ def one_thread() -> None:
 
 def reckoned(loaded: LoadedRecipe, device: Device | None = None) -> PlanReport:
     return plan_report(
-        survey_leniently(loaded, loaded.recipe.plan.gpus), device or device_to_plan_for(loaded.recipe.plan)
+        survey_leniently(loaded, planned_processes(loaded.recipe)), device or device_to_plan_for(loaded.recipe.plan)
     )
 
 

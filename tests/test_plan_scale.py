@@ -24,13 +24,14 @@ from cheaptrain.parallel.mesh import make_mesh
 from cheaptrain.parallel.parallelize import parallelize
 from cheaptrain.parallel.processes import join
 from cheaptrain.parallel.root import last_micro_batch
-from cheaptrain.recipe.layout import Layout
+from cheaptrain.recipe.layout import Layout, planned_processes
 from cheaptrain.recipe.load import load_recipe
 from cheaptrain.recipe.schema import Model, Train
 from cheaptrain.report import measure as measuring
 from cheaptrain.report.advice import warnings
+from cheaptrain.report.depth import alike_at_the_end
 from cheaptrain.report.device import device_to_plan_for
-from cheaptrain.report.measure import Measured, Setting, alike_at_the_end, measure
+from cheaptrain.report.measure import Measured, Setting, measure
 from cheaptrain.report.memory import peak_bytes
 from cheaptrain.report.plan import layout_overrides, print_plans
 from cheaptrain.report.plan_view import report_lines
@@ -334,7 +335,7 @@ def test_candidates_leave_processes_out() -> None:
 
 
 def reckoned(loaded: Any, *, gpus: bool = False) -> PlanReport:
-    outlook = survey_leniently(loaded, loaded.recipe.plan.gpus)
+    outlook = survey_leniently(loaded, planned_processes(loaded.recipe))
     return plan_report(outlook, device_to_plan_for(loaded.recipe.plan, gpus=gpus))
 
 

@@ -17,6 +17,7 @@ from cheaptrain.data.open import open_stream
 from cheaptrain.data.prepare import prepare_recipe
 from cheaptrain.data.sources import drills
 from cheaptrain.errors import CheaptrainError, PreflightError
+from cheaptrain.recipe.schema import Drills
 
 
 def test_jsonl_cut_into_byte_ranges_reads_every_line_once(tmp_path: Path) -> None:
@@ -96,9 +97,9 @@ def test_standard_library_module_and_nearest_name(tmp_path: Path) -> None:
 
 def test_drills_are_the_same_everywhere_and_right() -> None:
     # Written once and for all: another text here means every prepared drill changed.
-    assert drills.drill(0, 0, 2) == GOLDEN_DRILL
+    assert drills.drill(Drills(documents=1), 0) == GOLDEN_DRILL
     for number in range(200):
-        for line in drills.drill(3, number, 9).splitlines():
+        for line in drills.drill(Drills(documents=1, digits=9, seed=3), number).splitlines():
             figures = [int(part) for part in "".join(c if c.isdigit() else " " for c in line).split()]
             a, b, c = figures
             assert c in (a + b, a - b, b - a, a * b), line

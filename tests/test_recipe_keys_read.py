@@ -1,6 +1,7 @@
 """A key that is accepted and read by nothing is the worst kind of silence: every key must be read by something."""
 
 import ast
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ READ_WHILE_PREPARING = (schema.Source, schema.Drills, schema.TokenizerTrain, sch
 # While preparing, for a hub id only, or only when a step is not finite (tested with the runs).
 READ_ELSEWHERE = {
     *("Data.unit_bytes", "Data.workers", "Data.validation", "Model.revision", "Model.config"),
-    *("Train.on_nonfinite", "Train.max_skipped_steps"),
+    *("Train.on_nonfinite", "Train.max_skipped_steps", "Distill.revision", "Distill.cache"),
 }
 
 
@@ -75,6 +76,17 @@ def _unseen(function: Any, plain: Any, spy: Any) -> Any:
 
 def test_every_recipe_key_is_read_by_something(tmp_path: Path) -> None:
     write_texts(tmp_path, documents=200)
+    turns = [{"prompt": f"{number}?", "completion": f"yes {number}"} for number in range(300)]
+    (tmp_path / "turns.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns), encoding="utf-8")
+    chats = {
+        "name": "turns",
+        "files": str(tmp_path / "turns.jsonl"),
+        "format": "chat",
+        "weight": "size",
+        "max_epochs": 9.0,
+    }
+    sums = {"documents": 9, "digits": 1, "held_out": 0.5}
+    asked = {"name": "sums", "drills": sums, "format": "chat", "weight": 0}
     paths = []
     plain = {"train": {"steps": None, "tokens": 1024}, "env": {"CHEAP": "1"}}
     for name, changes in {
@@ -89,6 +101,20 @@ def test_every_recipe_key_is_read_by_something(tmp_path: Path) -> None:
         "flops": {"train": {"steps": None, "flops": 1e9}, "plan": {"gpu": "H200"}},
         "ratio": {"train": {"steps": None, "tokens_per_parameter": 0.01}},
         "second": {"model": {"preset": None, "init_from": str(tmp_path / "plain" / "final")}},
+        "chat": {
+            "model": {"preset": None, "init_from": str(tmp_path / "plain" / "final")},
+            "data": {
+                "sources": [chats, asked, *({**source, "weight": 0} for source in recipe_table(tmp_path)["data"]["sources"])]
+            },
+            "chat": {"template": "plain", "system": "short", "max_cut": 1.0, "max_dropped": 1.0},
+            "train": {"objective": "assistant_only", "loss_weighting": "example", "neftune_alpha": 1.0},
+            "probe": {"source": "sums", "questions": 2, "max_new_tokens": 2},
+            "lora": {"rank": 2, "alpha": 4.0, "dropout": 0.1, "targets": ["q_proj"]},
+        },
+        "distill": {
+            "train": {"objective": "distill"},
+            "distill": {"teacher": str(tmp_path / "plain" / "final"), "divergence": "jsd", "jsd_beta": 0.4},
+        },
         "again": {
             "run": {"dir": str(tmp_path / "plain"), "allow_batch_change": True},
             "train": plain["train"] | {"global_batch_tokens": 512},
@@ -101,7 +127,8 @@ def test_every_recipe_key_is_read_by_something(tmp_path: Path) -> None:
             merged = table.get(section, {}) | values
             table[section] = {key: value for key, value in merged.items() if value is not None}
         paths.append(write_recipe(tmp_path / f"{name}.toml", table))
-    prepare(paths[0])
+    for name in ("plain", "chat"):
+        prepare(str(tmp_path / f"{name}.toml"))
     log, note = tmp_path / "log", tmp_path / "read"
     assert run_child(_spied(paths[:-1], paths[-1], note), log) == 0, log.read_text()[-3000:]
     read = set(note.read_text().split())

@@ -307,3 +307,42 @@ def test_checkpoints_to_keep_are_among_those_written(tmp_path: Path) -> None:
         intervals(tmp_path, "checkpoint.every=2 steps", "checkpoint.keep_every=5 steps")
     resolved = intervals(tmp_path, "checkpoint.every=25%", "checkpoint.keep_every=50%")
     assert (resolved.save_every, resolved.keep_every) == (3, 6), "2.5 and 5 steps, rounded to what is written"
+
+
+def sized(*names: str, **keys: object) -> Recipe:
+    return build(sources=dict.fromkeys(names, "size"), **keys)  # type: ignore[arg-type]
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.integers(1, 500), min_size=1, max_size=5),
+    epochs=st.sampled_from([1.0, 2.0, 3.0, 0.5]),
+    step=st.integers(1, 64),
+)
+def test_epochs_by_size_leave_out_a_row_or_hide_one_of_the_next(rows: list[int], epochs: float, step: int) -> None:
+    names = [f"s{k}" for k in range(len(rows))]
+    known = {name: SourceFacts(1, 1, 1, 0, 0, packed_rows=count) for name, count in zip(names, rows, strict=True)}
+    resolved = resolve(sized(*names, epochs=epochs, global_batch_tokens=step * 64), 1, known)
+    wanted = -int(-sum(rows) * Fraction(epochs) // 1)
+    assert resolved.rows == wanted + resolved.filled_up
+    assert 0 <= resolved.filled_up < step
+    assert [Fraction(share.share).limit_denominator(10**6) for share in resolved.shares] == [
+        Fraction(count, sum(rows)) for count in rows
+    ]
+    assert sum(share.rows for share in resolved.shares) == resolved.rows
+
+
+def test_shares_by_size_are_made_up_before_the_sizes_are_known() -> None:
+    asked = sized("a", "b", steps=10)
+    assert [(share.share, share.rows, share.epochs) for share in resolve(asked, 1).shares] == [(None, 0, None)] * 2
+    with pytest.raises(MissingFacts, match=r"train\.epochs"):
+        resolve(sized("a", "b", epochs=2), 1)
+    with pytest.raises(RecipeError, match="do not fill one row"):
+        resolve(asked, 1, {"a": facts_of_rows(7), "b": facts(3)})
+
+
+def test_more_than_the_epochs_of_a_source_by_size_pass_for_filling_up() -> None:
+    known = {"a": facts_of_rows(100), "b": facts_of_rows(50)}
+    assert resolve(sized("a", "b", epochs=2), 1, known).filled_up == 4
+    with pytest.raises(RecipeError, match=r"data\.sources\.b: .* 2\.\d+ epochs, and max_epochs allows 1"):
+        resolve(sized("a", "b", epochs=2.5, max_epochs=1.0), 1, known)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from token_files import numbered, stream_of
 
-from cheaptrain.data.rows import RowBatch, build_rows
+from cheaptrain.data.rows import RowBatch, StreamRows, build_rows
 from cheaptrain.data.stream import TokenStream
 
 
@@ -22,7 +22,7 @@ def folder() -> Iterator[Path]:
 
 
 def one_row(stream: TokenStream, row: int, seq_len: int, document_mask: bool = True) -> RowBatch:
-    return build_rows([stream], np.array([0]), np.array([row]), seq_len, document_mask)
+    return build_rows([StreamRows.whole(stream, seq_len, document_mask)], np.array([0]), np.array([row]))
 
 
 def expected_row(lengths: list[int], row: int, seq_len: int) -> dict[str, list[int]]:
@@ -50,7 +50,7 @@ def test_packed_row_differs_from_walking_token_by_token(
 ) -> None:
     stream = stream_of(folder, numbered(lengths), shards)
     rows = np.arange(max(0, stream.tokens - 1) // seq_len)
-    batch = build_rows([stream], np.zeros(len(rows), np.int64), rows, seq_len, document_mask=True)
+    batch = build_rows([StreamRows.whole(stream, seq_len, True)], np.zeros(len(rows), np.int64), rows)
     supervised = 0
     for row in rows.tolist():
         expected = expected_row(lengths, row, seq_len)
@@ -94,7 +94,7 @@ def test_rows_of_a_stream_lose_or_repeat_a_target(tmp_path: Path) -> None:
     lengths = [3, 1, 7, 2, 9, 5, 1]
     stream = stream_of(tmp_path, numbered(lengths), shards=3)
     rows = np.arange((stream.tokens - 1) // 9)
-    batch = build_rows([stream], np.zeros(len(rows), np.int64), rows, 9, document_mask=True)
+    batch = build_rows([StreamRows.whole(stream, 9, True)], np.zeros(len(rows), np.int64), rows)
     first_tokens = np.cumsum([0, *lengths])[:-1].tolist()
     targets = sorted(batch.labels[batch.labels != -100].tolist())
     assert targets == [place for place in range(1, len(rows) * 9 + 1) if place not in first_tokens]
@@ -113,7 +113,8 @@ def test_rows_of_several_sources_are_mixed_up(tmp_path: Path) -> None:
         stream_of(tmp_path, numbered([9, 9]), name="a"),
         stream_of(tmp_path, numbered([5, 5, 8], first=100), shards=3, name="b"),
     ]
-    batch = build_rows(streams, np.array([1, 0, 1]), np.array([0, 2, 3]), 4, document_mask=True)
+    sources = [StreamRows.whole(stream, 4, True) for stream in streams]
+    batch = build_rows(sources, np.array([1, 0, 1]), np.array([0, 2, 3]))
     assert batch.sources.tolist() == [1, 0, 1]
     assert batch.input_ids[:, 0].tolist() == [100, 8, 112]
     assert batch.document_ids.tolist() == [[0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]]

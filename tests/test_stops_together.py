@@ -175,7 +175,7 @@ def test_a_second_signal_waits_for_the_checkpoint_or_harms_an_older_one(folder: 
 
 def _spoil(spoiled: dict[int, Callable[[torch.Tensor], torch.Tensor]]) -> None:
     """In this process, change the loss of the last micro-batch of the steps given, by what is given."""
-    from cheaptrain.train import loop
+    from cheaptrain.train import setup
 
     plain, batches = OBJECTIVES["next_token"], [0]
 
@@ -184,7 +184,7 @@ def _spoil(spoiled: dict[int, Callable[[torch.Tensor], torch.Tensor]]) -> None:
         sums, step, last = plain(*arguments), (batches[0] + 1) // 2, batches[0] % 2 == 0
         return Sums(spoiled[step](sums.loss), sums.correct) if last and step in spoiled else sums
 
-    loop.OBJECTIVES = {"next_token": spied}
+    setup.OBJECTIVES = {"next_token": spied}
 
 
 def _not_a_number(loss: torch.Tensor) -> torch.Tensor:

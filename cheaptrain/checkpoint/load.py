@@ -19,6 +19,8 @@ from cheaptrain.checkpoint.verify import STATE, Checkpoint
 from cheaptrain.errors import PreflightError
 from cheaptrain.parallel.processes import Processes
 
+ADAPTER = "adapter/"  # how the names of adapters begin in the state
+
 T = TypeVar("T")
 
 
@@ -37,9 +39,13 @@ def load_state_into(
     model: nn.Module,
     optimizers: Optimizer | Iterable[Optimizer],
     processes: Processes,
+    adapters: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Put weights and optimizer state of a verified `checkpoint` on `model` and `optimizers`, bit for bit, in whatever
     layout they have now; returns the scalars it was saved with.
+
+    With `adapters` the model has the weights that it started from already, and only these tensors are read, from the
+    state: the checkpoint's own weights have them merged.
 
     Raises PreflightError, on all processes, when it was saved without state or does not fit. Collective.
     """
@@ -52,10 +58,16 @@ def load_state_into(
     def load() -> dict[str, Any]:
         folder = checkpoint.path / STATE
         scalars = read_scalars(folder)
-        if left := _load_weights(model, checkpoint.path):
+        stored = stored_tensors(folder)
+        kept = {name: stored.pop(name) for name in list(stored) if name.startswith(ADAPTER)}
+        wanted = {f"{ADAPTER}{name}": tensor for name, tensor in (adapters or {}).items()}
+        if {name: entry.shape for name, entry in kept.items()} != {n: tuple(t.shape) for n, t in wanted.items()}:
+            raise PreflightError(f"{checkpoint.path}: the adapters in it are not those of [lora] in this recipe")
+        if adapters is not None:
+            read_tensors(folder, wanted)
+        elif left := _load_weights(model, checkpoint.path):
             raise PreflightError(f"{checkpoint.path} holds weights that the model does not have: {_some(left)}")
         names = {parameter: name for name, parameter in model.named_parameters()}
-        stored = stored_tensors(folder)
         load_optimizer_tensors(
             optimizers, names, stored, scalars["optimizer"], lambda rooms: read_tensors(folder, rooms)
         )

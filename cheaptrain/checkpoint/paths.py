@@ -14,7 +14,7 @@ WRITING = ".writing-"
 DELETING = ".deleting-"
 SHARED = ".shared-"
 STACKS = "stacks"  # in the run folder: where each process stood when the job hung
-_TEMPORARY_FILES = (".recipe.json-", ".metrics.jsonl-", ".samples.jsonl-", ".final-", SHARED)
+_TEMPORARY_FILES = (".recipe.json-", ".launch.json-", ".metrics.jsonl-", ".samples.jsonl-", ".final-", SHARED)
 
 
 def step_of(folder: Path) -> int | None:
@@ -32,6 +32,11 @@ class RunDirectory:
     @property
     def recipe(self) -> Path:
         return self.path / "recipe.json"
+
+    @property
+    def launch(self) -> Path:
+        """What the last launch set out to do, and how it ended; without an end it runs, or was killed."""
+        return self.path / "launch.json"
 
     @property
     def metrics(self) -> Path:

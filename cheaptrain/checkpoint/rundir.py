@@ -9,7 +9,7 @@ decide.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -127,6 +127,48 @@ def open_run_together(path: Path, processes: Processes, **given: Any) -> OpenedR
     return opened
 
 
+def read_run(run: RunDirectory) -> dict[str, Any]:
+    """What recipe.json of a started run holds. Raises PreflightError when it is damaged, OSError when it is not
+    there."""
+    try:
+        kept: dict[str, Any] = json.loads(run.recipe.read_text(encoding="utf-8"))
+        if kept["format_version"] != FORMAT_VERSION:
+            raise PreflightError(
+                f"{run.recipe} is of format version {kept['format_version']}; this cheaptrain reads {FORMAT_VERSION}"
+            )
+        if seal({key: value for key, value in kept.items() if key != "sha256"}) != kept:
+            raise ValueError("its content does not match its own sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PreflightError(
+            f"{run.recipe} is damaged ({error}); copy the recipe.json of a folder in {run.checkpoints} over it"
+        ) from error
+    return kept
+
+
+def changes(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of identity and inputs is another than when the run was started, a line each; `now` also has the
+    provenance."""
+    lines = []
+    for line in identity_difference(kept["identity"], now["identity"], BATCH):
+        origin = now["provenance"].get(line.partition(": ")[0])
+        lines.append(f"{line} ({origin})" if origin else line)
+    before, after = _flat(kept["inputs"]), _flat(now["inputs"])
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            lines.append(f"input {name}: {_short(before.get(name))} -> {_short(after.get(name))}")
+    return lines
+
+
+def another_run(run: RunDirectory, lines: Sequence[str]) -> str:
+    """Why the run folder is not gone on with."""
+    return (
+        f"{run.path} holds another run; since it was started this changed:\n  "
+        + "\n  ".join(lines)
+        + f"\ngive another run.dir, or move {run.path} away, or start a new stage from it with model.init_from = "
+        f'"{run.final}"'
+    )
+
+
 def lineage(identity: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What each checkpoint of a run says in its manifest about where it comes from."""
     return {"identity_sha256": fingerprint(identity), "inputs": dict(inputs)}
@@ -187,33 +229,8 @@ def _clear_leftovers(run: RunDirectory, lock: RunLock, report: Report) -> None:
 
 
 def _refuse_changes(run: RunDirectory, content: Mapping[str, Any]) -> None:
-    try:
-        kept = json.loads(run.recipe.read_text(encoding="utf-8"))
-        if kept["format_version"] != FORMAT_VERSION:
-            raise PreflightError(
-                f"{run.recipe} is of format version {kept['format_version']}; this cheaptrain reads {FORMAT_VERSION}"
-            )
-        if seal({key: value for key, value in kept.items() if key != "sha256"}) != kept:
-            raise ValueError("its content does not match its own sha256")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PreflightError(
-            f"{run.recipe} is damaged ({error}); copy the recipe.json of a folder in {run.checkpoints} over it"
-        ) from error
-    lines = []
-    for line in identity_difference(kept["identity"], content["identity"], BATCH):
-        origin = content["provenance"].get(line.partition(": ")[0])
-        lines.append(f"{line} ({origin})" if origin else line)
-    before, after = _flat(kept["inputs"]), _flat(content["inputs"])
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
-            lines.append(f"input {name}: {_short(before.get(name))} -> {_short(after.get(name))}")
-    if lines:
-        raise PreflightError(
-            f"{run.path} holds another run; since it was started this changed:\n  "
-            + "\n  ".join(lines)
-            + f"\ngive another run.dir, or move {run.path} away, or start a new stage from it with model.init_from = "
-            f'"{run.final}"'
-        )
+    if lines := changes(read_run(run), content):
+        raise PreflightError(another_run(run, lines))
 
 
 def _flat(inputs: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -129,8 +129,8 @@ def newest_good(run: RunDirectory, report: Report) -> Checkpoint | None:
     return None
 
 
-def verify_init_from(path: Path) -> Origin:
-    """Check and fingerprint the folder that a new stage starts from.
+def verify_init_from(path: Path, key: str = "model.init_from") -> Origin:
+    """Check and fingerprint the folder that a new stage starts from, or learns from; `key` of the recipe names it.
 
     A checkpoint of ours is verified against its manifest (not its state/, which a new stage does not read). A
     transformers folder of anyone else's has no manifest, so its files are only hashed. Raises PreflightError for a
@@ -138,26 +138,39 @@ def verify_init_from(path: Path) -> Origin:
     """
     path = path.resolve()
     if not path.is_dir():
-        raise PreflightError(f"model.init_from: there is no folder {path}")
+        raise PreflightError(f"{key}: there is no folder {path}")
     if _is_ours(path):
         manifest, problems = examine(path, state=False)
         if manifest is None or problems:
-            raise PreflightError(f"model.init_from: {path} is damaged: {'; '.join(map(str, problems))}")
-        hashes = {n: f["sha256"] for n, f in manifest["files"].items() if n != RECIPE and not n.startswith(f"{STATE}/")}
+            raise PreflightError(f"{key}: {path} is damaged: {'; '.join(map(str, problems))}")
+        hashes = _read_by_a_stage(manifest)
         return Origin(path, fingerprint(hashes), manifest["sha256"], manifest["step"], manifest["tokens_seen"])
     files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in _MODEL_SUFFIXES)
     if not any(file.suffix == ".safetensors" for file in files):
         raise PreflightError(
-            f"model.init_from: {path} holds no *.safetensors weights; pickled ones are not read: load and save the "
+            f"{key}: {path} holds no *.safetensors weights; pickled ones are not read: load and save the "
             "model once with transformers (save_pretrained) to convert them"
         )
     return Origin(path, fingerprint({file.name: digest for file, digest in sha256_of_all(files).items()}))
+
+
+def stated_fingerprint(path: Path) -> str | None:
+    """What `verify_init_from` would find of a checkpoint of ours, as its manifest states it: no weight is read. None
+    for any other folder, and for one that is damaged at a glance."""
+    manifest, problems = examine(path.resolve(), hashes=False, state=False)
+    return None if manifest is None or problems else fingerprint(_read_by_a_stage(manifest))
 
 
 def listed_files(folder: Path) -> list[str]:
     """Names of all files below `folder`, relative to it, with forward slashes."""
     found = (Path(directory, name) for directory, _, names in os.walk(folder) for name in names)
     return sorted(file.relative_to(folder).as_posix() for file in found)
+
+
+def _read_by_a_stage(manifest: dict[str, Any]) -> dict[str, str]:
+    """Hashes of the files that a stage reads which starts from the checkpoint."""
+    files = manifest["files"].items()
+    return {name: told["sha256"] for name, told in files if name != RECIPE and not name.startswith(f"{STATE}/")}
 
 
 def _is_ours(path: Path) -> bool:

@@ -117,8 +117,24 @@ def print_table(console: Console, works: Sequence[Work], manifests: Mapping[str,
     for work in works:
         name = work.job.source.name
         say(console, f"{name}: {work.directory}")
+        if name in manifests and (chat := manifests[name].chat) is not None:
+            say(console, f"{name}: {_chat_counts(manifests[name], chat)}")
         if name in manifests and not manifests[name].val.documents and work.job.validation > 0:
             say(console, f"{name}: no document is held out, so there is no validation on it")
         unended = sum(unit.get("unended", 0) for unit in manifests[name].units) if name in manifests else 0
         if unended:
             say(console, f"{name}: {unended:,} documents do not end with end-of-text")
+
+
+def _chat_counts(manifest: Manifest, chat: Mapping[str, int]) -> str:
+    """What became of the conversations of a source."""
+    train, total = manifest.train, manifest.train.documents + manifest.val.documents + manifest.dropped
+    share = (train.supervised or 0) / max(1, train.tokens)
+    merging = (
+        f"; in {chat['merging']:,} the answer's first token would merge with its header" if chat["merging"] else ""
+    )
+    return (
+        f"{total:,} conversations: {chat['cut']:,} lost turns to fit a row ({chat['cut'] / max(1, total):.1%}), "
+        f"{manifest.dropped:,} left out because no exchange fits ({manifest.dropped / max(1, total):.1%}); the model "
+        f"must produce {train.supervised:,} of {train.tokens:,} tokens ({share:.1%}){merging}"
+    )

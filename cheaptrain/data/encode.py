@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +66,16 @@ class Encoder:
 
         Raises PreflightError if the tokenizer turns text into a special token all the same.
         """
+        ids, lengths = self.pieces(texts)
+        ids = np.insert(ids, np.cumsum(lengths), self.spec.eot_id)
+        lengths = lengths + 1
+        if self.spec.bos_id is not None:
+            ids = np.insert(ids, np.cumsum(lengths) - lengths, self.spec.bos_id)
+            lengths += 1
+        return ids, lengths
+
+    def pieces(self, texts: Sequence[str]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
+        """As `encode`, with nothing added."""
         if not texts:
             return np.empty(0, self.spec.dtype), np.empty(0, np.int64)
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -79,9 +90,26 @@ class Encoder:
                 f"the tokenizer turns plain text into its special token {token!r}, in the document that begins "
                 f"{text[:60]!r}; take that literal out of the text, or choose a tokenizer.path whose model lacks it"
             )
-        ids = np.insert(ids, ends, self.spec.eot_id)
-        lengths += 1
-        if self.spec.bos_id is not None:
-            ids = np.insert(ids, np.cumsum(lengths) - lengths, self.spec.bos_id)
-            lengths += 1
         return ids, lengths
+
+
+class Encoded(NamedTuple):
+    """Documents as they are written: `ids` end to end [tokens], the tokens of each document [documents] (0: left out),
+    and, of conversations, the mask [tokens], which documents were cut and in how many a header would have merged with
+    the answer, bool [documents]."""
+
+    ids: NDArray[np.unsignedinteger]
+    lengths: NDArray[np.int64]
+    mask: NDArray[np.uint8] | None = None
+    cut: NDArray[np.bool_] | None = None
+    merging: NDArray[np.bool_] | None = None
+
+
+def encode_texts(encoder: Encoder, texts: Sequence[str]) -> Encoded:
+    """Texts as documents; those of which nothing is left (a tokenizer may make nothing of spaces) have no tokens."""
+    ids, lengths = encoder.encode(texts)
+    filled = lengths > encoder.spec.added
+    if not filled.all():
+        ids = ids[np.repeat(filled, lengths)]
+        lengths = np.where(filled, lengths, 0)
+    return Encoded(ids, lengths)

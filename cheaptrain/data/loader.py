@@ -11,36 +11,37 @@ with its own traceback, where the step is awaited.
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cheaptrain.data.align import Aligner
 from cheaptrain.data.order import MixtureOrder
-from cheaptrain.data.rows import RowBatch, build_rows, build_validation_rows
-from cheaptrain.data.stream import TokenStream
+from cheaptrain.data.rows import RowBatch, RowSource, build_rows
 from cheaptrain.errors import RecipeError
 
 
 @dataclass(frozen=True)
 class Loader:
-    """The rows of one data rank. `streams` stand in the order of `order.names`; batch sizes are in rows."""
+    """The rows of one data rank. `sources` stand in the order of `order.names`; batch sizes are in rows. `by_example`:
+    each document weighs the same in the loss; `aligner`: for a teacher whose tokens are others."""
 
     order: MixtureOrder
-    streams: Sequence[TokenStream]
-    seq_len: int
+    sources: Sequence[RowSource]
     rows_per_step: int
     micro_batch_size: int
     data_rank: int
     data_parallel: int
-    document_mask: bool
+    by_example: bool = False
+    aligner: Aligner | None = None
 
     def __post_init__(self) -> None:
         _check_division(self.rows_per_step, self.micro_batch_size, self.data_parallel)
         if not 0 <= self.data_rank < self.data_parallel:
             raise ValueError(f"data rank {self.data_rank} of {self.data_parallel}")
-        for name, rows, stream in zip(self.order.names, self.order.rows, self.streams, strict=True):
-            if rows * self.seq_len >= max(stream.tokens, 1):
-                raise ValueError(f"source {name!r}: {rows} rows of {self.seq_len} + 1 tokens asked of {stream.tokens}")
+        for name, rows, source in zip(self.order.names, self.order.rows, self.sources, strict=True):
+            if rows > source.rows:
+                raise ValueError(f"source {name!r}: {rows} rows asked of {source.rows}")
 
     def step(self, first_row: int) -> list[RowBatch]:
         """This data rank's micro-batches of the step whose first row is the global row `first_row`."""
@@ -49,10 +50,15 @@ class Loader:
         chunks = np.arange(accumulation)[:, None] * ranks + self.data_rank  # [accumulation, 1]
         positions = first_row + chunks * micro + np.arange(micro)  # [accumulation, micro]
         sources, rows, _ = self.order.locate(positions.reshape(-1))
-        return [
-            build_rows(self.streams, sources[m : m + micro], rows[m : m + micro], self.seq_len, self.document_mask)
+        numbers = positions.reshape(-1)
+        batches = [
+            replace(
+                build_rows(self.sources, sources[m : m + micro], rows[m : m + micro], self.by_example),
+                numbers=numbers[m : m + micro],
+            )
             for m in range(0, len(rows), micro)
         ]
+        return [self._aligned(batch, self.aligner) for batch in batches] if self.aligner else batches
 
     def prefetch(self, first_row: int, steps: int, ahead: int = 2) -> Generator[list[RowBatch], None, None]:
         """`steps` steps from `first_row` on, read in a background thread up to `ahead` steps before they are asked for.
@@ -71,30 +77,25 @@ class Loader:
                 for future in waiting:
                     future.cancel()
 
+    @staticmethod
+    def _aligned(batch: RowBatch, aligner: Aligner) -> RowBatch:
+        texts = (batch.input_ids.numpy(), batch.labels.numpy(), batch.document_ids.numpy())
+        return replace(batch, aligned=aligner.align(*texts))
+
 
 def validation_batches(
-    stream: TokenStream,
-    seq_len: int,
-    micro_batch_size: int,
-    max_tokens: int,
-    document_mask: bool,
-    data_rank: int = 0,
-    data_parallel: int = 1,
+    source: RowSource, micro_batch_size: int, data_rank: int = 0, data_parallel: int = 1
 ) -> Iterator[RowBatch]:
-    """The first `max_tokens` input positions of a stream as batches [micro_batch_size, seq_len], in order: every
-    `data_parallel`th of them, from number `data_rank` on.
+    """All rows of held-out documents as batches of `micro_batch_size`, in order: every `data_parallel`th batch, from
+    number `data_rank` on.
 
-    Each data rank gets the same number of batches, because sharded models run forward together; where the batches do
-    not divide, the last is padding alone. Every token of a short stream counts: what a batch lacks is padding with
-    labels of -100. A stream without any target yields nothing, on every rank. `sources` is 0 throughout.
+    Each data rank gets the same number of batches, because sharded models run forward together: what is missing is
+    padding with labels of -100. A source without rows yields nothing, on every rank. `sources` is 0 throughout.
     """
-    inputs = max(0, min(max_tokens, stream.tokens - 1))
-    if inputs == 0 or (document_mask and len(stream.document_starts(0, inputs + 1)) == inputs):
-        return  # every next token starts a document, so none is a target
-    rounds = -(-inputs // (seq_len * micro_batch_size * data_parallel))
+    rounds = -(-source.rows // (micro_batch_size * data_parallel))
     for number in range(data_rank, rounds * data_parallel, data_parallel):
-        rows = range(number * micro_batch_size, (number + 1) * micro_batch_size)
-        yield build_validation_rows(stream, rows, seq_len, inputs, document_mask)
+        rows = np.arange(number * micro_batch_size, (number + 1) * micro_batch_size)
+        yield build_rows([source], np.zeros(micro_batch_size, np.int64), rows)
 
 
 def _check_division(rows_per_step: int, micro_batch_size: int, data_parallel: int) -> None:

@@ -7,6 +7,8 @@ is found must still be checked against what the recipe asks now, and its files a
 nothing.
 """
 
+import hashlib
+import math
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cheaptrain.chat.rendering import VERSION as RENDERING
 from cheaptrain.data.files import (
     InputHashes,
     cannot_read,
@@ -27,7 +30,7 @@ from cheaptrain.data.files import (
 from cheaptrain.data.sources import source_spec
 from cheaptrain.data.tokenizer import TextTokenizer
 from cheaptrain.data.units import FORMAT, SPLITS
-from cheaptrain.errors import PreflightError
+from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.recipe import schema
 from cheaptrain.recipe.resolve import SourceFacts
 
@@ -37,17 +40,19 @@ _KEY_LENGTH = 12
 
 @dataclass(frozen=True)
 class Totals:
-    """What one side of the split holds. `bytes`: of text."""
+    """What one side of the split holds. `bytes`: of text. `supervised`: tokens the model must produce, of chats."""
 
     tokens: int = 0
     documents: int = 0
     bytes: int = 0
+    supervised: int | None = None
 
 
 @dataclass(frozen=True)
 class Manifest:
     """`settings`: what the key is made of. `units`, in order: {"index", "train", "val", "files", ...}, with file names
-    relative to `directory`. `inputs`: [{"name", "fingerprint", "bytes"}]."""
+    relative to `directory`. `inputs`: [{"name", "fingerprint", "bytes"}]. `chat`, of conversations: how many lost turns
+    ("cut"), where header and answer would merge ("merging"); `dropped` are those of which no exchange fits a row."""
 
     directory: Path
     name: str
@@ -61,6 +66,7 @@ class Manifest:
     skipped: int
     inputs: tuple[Mapping[str, Any], ...]
     units: tuple[Mapping[str, Any], ...]
+    chat: Mapping[str, int] | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -82,19 +88,31 @@ class Manifest:
     def content(self) -> dict[str, Any]:
         """As it stands on the disk."""
         content = {key: value for key, value in vars(self).items() if key not in ("directory", "name", "fingerprint")}
-        content |= {split: asdict(getattr(self, split)) for split in SPLITS}
+        content |= {split: _given(asdict(getattr(self, split))) for split in SPLITS}
+        if self.chat is None:
+            del content["chat"]
         return content | {"inputs": list(self.inputs), "units": list(self.units)}
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def source_settings(data: schema.Data, source: schema.Source, tokenizer: TextTokenizer) -> dict[str, Any]:
     """Everything the recipe says about the tokens of a source."""
-    return {
+    settings: dict[str, Any] = {
         "format": FORMAT,
         "source": source_spec(source),
         "tokenizer": tokenizer.fingerprint,
         "validation": data.validation,
         "unit_bytes": data.unit_bytes,
     }
+    if source.format == "chat":
+        if tokenizer.template is None:
+            raise RecipeError(f"source {source.name!r} holds conversations: say how they are rendered in [chat]")
+        template = hashlib.sha256(tokenizer.template.jinja.encode()).hexdigest()
+        settings["chat"] = {"version": RENDERING, "template": template, "seq_len": data.seq_len}
+    return settings
 
 
 def source_directory(data: schema.Data, source: schema.Source, tokenizer: TextTokenizer) -> Path:
@@ -129,7 +147,35 @@ def load_manifest(data: schema.Data, source: schema.Source, tokenizer: TextToken
     if manifest.settings != settings:
         difference = ", ".join(settings_difference(manifest.settings, settings))
         raise PreflightError(f"{path} was made with other settings ({difference}); {REMEDY}")
+    if losses := refusal_of_losses(manifest, tokenizer.limits):
+        raise PreflightError(losses)
     return manifest
+
+
+def refusal_of_losses(manifest: Manifest, limits: schema.Chat | None) -> str | None:
+    """Why a source cannot be trained on: conversations with nothing to learn, or more of them cut or left out than the
+    recipe allows, and how many. None: it can."""
+    if manifest.chat is None or limits is None:
+        return None
+    where = f"source {manifest.name!r}"
+    kept = manifest.train.documents + manifest.val.documents
+    if untaught := manifest.chat["untaught"]:
+        return (
+            f"{where}: {untaught:,} of {kept:,} conversations have no token that the model must produce; choose "
+            "another chat.template"
+        )
+    total = kept + manifest.dropped
+    for what, count, key in (
+        ("lose turns", manifest.chat["cut"], "max_cut"), ("are left out", manifest.dropped, "max_dropped"),
+    ):  # fmt: skip
+        allowed = getattr(limits, key)
+        if count > allowed * total:
+            needed = math.ceil(1000 * count / total) / 1000
+            return (
+                f"{where}: {count:,} of {total:,} conversations ({count / total:.1%}) {what} because they are longer "
+                f"than a row; raise data.seq_len, or allow it with chat.{key} = {needed}"
+            )
+    return None
 
 
 def read_manifest(directory: Path, name: str) -> Manifest:
@@ -185,6 +231,10 @@ def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
             differences.append(f"{key}: {old.get(key)} -> {new[key]}")
     if old.get("tokenizer") != new["tokenizer"]:
         differences.append(f"tokenizer: {str(old.get('tokenizer'))[:8]} -> {new['tokenizer'][:8]}")
+    rendered, wanted = old.get("chat") or {}, new.get("chat") or {}
+    for key in sorted({*rendered, *wanted}):
+        if rendered.get(key) != wanted.get(key):
+            differences.append(f"chat {key}: {str(rendered.get(key))[:8]} -> {str(wanted.get(key))[:8]}")
     before, after = old.get("source") or {}, new["source"]
     for key in sorted({*before, *after}):
         if before.get(key) != after.get(key):

@@ -25,6 +25,7 @@ MAX_POSITION = 2**43  # rows; the arithmetic below stays inside 64 bits up to he
 
 _SHARE_BITS = 40
 _SHARE_ONE = 1 << _SHARE_BITS
+_PHASE_EDGE = 1 << 25
 _FEISTEL_ROUNDS = 6
 
 
@@ -59,7 +60,7 @@ class MixtureOrder:
         heights = [-(-count // width) for count, width in zip(self.rows, widths, strict=True)]
         self._width = np.array(widths, np.uint64)
         self._height = np.array(heights, np.uint64)
-        self._key = np.array([_key(seed, "rows", name) for name in self.names], np.uint64)
+        self._key = np.array([key_of(seed, "rows", name) for name in self.names], np.uint64)
 
     def _plant(self, node: int, names: list[str], weights: Mapping[str, Fraction], seed: int) -> None:
         """Fill the subtree under `node` with the leaves `names`. A half left empty has share 0."""
@@ -71,7 +72,10 @@ class MixtureOrder:
             total = sum(weights[name] for name in names)
             share = round(sum(weights[name] for name in left) * _SHARE_ONE / total)
             self._share[node] = min(max(share, 1), _SHARE_ONE - 1)
-            self._phase[node] = _key(seed, "split", str(node)) >> (64 - _SHARE_BITS)
+            phase = key_of(seed, "split", str(node)) >> (64 - _SHARE_BITS)
+            # Away from both ends: shares that are counts out of n then give exactly those counts after n positions,
+            # and after 2n, as long as the rounding of a share adds up to less than the distance, which is 2^26 rows.
+            self._phase[node] = min(max(phase, _PHASE_EDGE), _SHARE_ONE - _PHASE_EDGE)
             self._plant(2 * node, left, weights, seed)
         self._plant(2 * node + 1, right, weights, seed)
 
@@ -126,7 +130,7 @@ class MixtureOrder:
         hash of the other, which can be undone. A cell beyond the rows is sent through again until it lands inside: the
         rows then still map one to one, because every cell lies on a cycle and outside cells are only skipped on it.
         """
-        key = _mix(self._key[sources] + epoch * np.uint64(0x9E3779B97F4A7C15))
+        key = mixed(self._key[sources] + epoch * np.uint64(0x9E3779B97F4A7C15))
         size, width, height = self._size[sources], self._width[sources], self._height[sources]
         row = _shuffle_cells(index, width, height, key)
         (outside,) = np.nonzero(row >= size)
@@ -151,19 +155,19 @@ def _shuffle_cells(cell: UInt64, width: UInt64, height: UInt64, key: UInt64) -> 
 def _shifted(x: UInt64, y: UInt64, side: UInt64, key: UInt64) -> UInt64:
     """x moved along its side by a hash of y and the key, modulo the side; all arguments [n], side < 2^32."""
     half = np.uint64(32)
-    shift = ((_mix(key ^ (y << half)) >> half) * side) >> half  # in [0, side), without a division
+    shift = ((mixed(key ^ (y << half)) >> half) * side) >> half  # in [0, side), without a division
     moved = x + shift
     return np.where(moved >= side, moved - side, moved)
 
 
-def _mix(value: UInt64) -> UInt64:
+def mixed(value: UInt64) -> UInt64:
     """The finaliser of splitmix64: every bit of the input reaches every bit of the output. [n] -> [n]"""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
 
 
-def _key(seed: int, purpose: str, name: str) -> int:
+def key_of(seed: int, purpose: str, name: str) -> int:
     """64 bits that depend on all three and on nothing else (Python's own hash differs between processes)."""
     digest = hashlib.blake2b(f"cheaptrain order 1\0{seed}\0{purpose}\0{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")

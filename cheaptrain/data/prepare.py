@@ -16,12 +16,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cheaptrain.chat.proof import prove_template
 from cheaptrain.data.display import PrepareProgress, print_table
 from cheaptrain.data.encode import EncoderSpec
 from cheaptrain.data.files import InputHashes
 from cheaptrain.data.interrupt import Interrupted, Interruption, interruptible, same_command
 from cheaptrain.data.lock import lock_directory
-from cheaptrain.data.manifest import Manifest, describe_others, source_directory, source_settings
+from cheaptrain.data.manifest import Manifest, describe_others, refusal_of_losses, source_directory, source_settings
 from cheaptrain.data.pool import Pool
 from cheaptrain.data.sources import plan_source
 from cheaptrain.data.tokenizer import TextTokenizer, load_tokenizer
@@ -80,17 +81,22 @@ def _prepare(
     hashes = InputHashes(data_dir)
     if recipe.tokenizer.train is not None:
         train_tokenizer(recipe.tokenizer.train, recipe.data, hashes, console)
-    tokenizer = load_tokenizer(recipe.tokenizer, recipe.data)
+    tokenizer = load_tokenizer(recipe.tokenizer, recipe.data, recipe.chat)
+    if tokenizer.template is not None:
+        _say_template(tokenizer, console)
     interruption.check()
     works = _plan(recipe, shard, tokenizer, hashes, console, locks)
     encoder = tokenizer.encoder_spec()
     _check_space(works, data_dir, encoder)
-    _do_units(works, recipe.data.workers, Setup(encoder, tokenizer.token_bytes()), console, interruption)
+    setup = Setup(encoder, tokenizer.token_bytes(), tokenizer.chat_spec(recipe.data.seq_len))
+    _do_units(works, recipe.data.workers, setup, console, interruption)
     for work in works:
         work.survey()  # other shards went on meanwhile
     missing = {work.job.source.name: work.missing() for work in works}
     manifests = {work.job.source.name: work.finish(encoder) for work in works if not work.missing()}
     print_table(console, works, manifests, time.monotonic() - started)
+    if losses := [problem for manifest in manifests.values() if (problem := refusal_of_losses(manifest, recipe.chat))]:
+        raise PreflightError("\n".join(losses))
     for name, units in missing.items():
         if units:
             listed = ", ".join(map(str, units[:8])) + (", ..." if len(units) > 8 else "")
@@ -98,6 +104,13 @@ def _prepare(
                 console, f"source {name}: unit {listed} not done yet by the other shards of {shard[1]}: run those again"
             )
     return list(manifests.values())
+
+
+def _say_template(tokenizer: TextTokenizer, console: Console) -> None:
+    """Prove the template on this tokenizer, and say what was added for it."""
+    prove_template(tokenizer)
+    if tokenizer.added:
+        say(console, f"tokenizer: special tokens added for the chat template: {', '.join(tokenizer.added)}")
 
 
 def _plan(

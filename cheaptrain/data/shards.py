@@ -1,6 +1,7 @@
 """Token shards on disk: a headerless `.bin` of little-endian ids and an `.idx` saying where each document ends.
 
-The index is Megatron's MMIDIDX format, so Megatron reads these shards and this reads Megatron's. Files are hashed while
+The index is Megatron's MMIDIDX format, so Megatron reads these shards and this reads Megatron's. Shards of
+conversations have a `.mask` besides, one byte a token: 1 where the model must produce the token. Files are hashed while
 they are written and renamed only when they are whole on the disk. The trap: Megatron has no code for uint32; ids above
 65,535 are declared int32, which for ids below 2**31 is the same bytes.
 """
@@ -34,48 +35,67 @@ class Index:
 
 
 class ShardWriter:
-    """Writes `<name>.bin` and `<name>.idx` under temporary names; `finish` makes them real."""
+    """Writes `<name>.bin` and `<name>.idx`, and `<name>.mask` if `masked`, under temporary names; `finish` makes them
+    real."""
 
-    def __init__(self, directory: Path, name: str, dtype: "np.dtype[np.unsignedinteger]", owner: str) -> None:
-        self._paths = [directory / f"{name}.bin", directory / f"{name}.idx"]
-        self._temporary = [temporary_path(path, owner) for path in self._paths]
+    def __init__(
+        self, directory: Path, name: str, dtype: "np.dtype[np.unsignedinteger]", owner: str, masked: bool = False
+    ) -> None:
+        self._index = _Part(directory / f"{name}.idx", owner)
+        self._ids = _Part(directory / f"{name}.bin", owner)
+        self._mask = _Part(directory / f"{name}.mask", owner) if masked else None
+        self._parts = [part for part in (self._ids, self._index, self._mask) if part]
         self._dtype = dtype
         self._lengths: list[NDArray[np.int64]] = []
-        self._hash = hashlib.sha256()
-        self._file: BinaryIO = open(self._temporary[0], "wb")  # noqa: SIM115 (closed by finish or discard)
         self.tokens = 0
         self.documents = 0
+        self.supervised = 0
 
-    def add(self, ids: NDArray[np.unsignedinteger], lengths: NDArray[np.int64]) -> None:
-        """Append documents: their ids end to end [tokens], and the tokens of each [documents]."""
-        raw = np.ascontiguousarray(ids, self._dtype).data
-        self._file.write(raw)
-        self._hash.update(raw)
+    def add(
+        self, ids: NDArray[np.unsignedinteger], lengths: NDArray[np.int64], mask: NDArray[np.uint8] | None = None
+    ) -> None:
+        """Append documents: their ids end to end [tokens], the tokens of each [documents], and the mask [tokens]."""
+        self._ids.write(np.ascontiguousarray(ids, self._dtype).data)
+        if self._mask is not None:
+            assert mask is not None and len(mask) == len(ids)
+            self._mask.write(np.ascontiguousarray(mask, np.uint8).data)
+            self.supervised += int(np.count_nonzero(mask))
         self._lengths.append(lengths)
         self.tokens += len(ids)
         self.documents += len(lengths)
 
     def finish(self) -> dict[str, dict[str, Any]]:
         """Flush to the disk and rename. Returns {file name: {"bytes", "sha256"}}."""
-        _sync(self._file)
         lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, np.int64)
-        index = index_bytes(lengths, self._dtype)
-        with open(self._temporary[1], "wb") as file:
-            file.write(index)
-            _sync(file)
-        for temporary, path in zip(self._temporary, self._paths, strict=True):
-            os.replace(temporary, path)
-        sync(self._paths[0].parent)
-        return {
-            self._paths[0].name: {"bytes": self.tokens * self._dtype.itemsize, "sha256": self._hash.hexdigest()},
-            self._paths[1].name: {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
-        }
+        self._index.write(index_bytes(lengths, self._dtype))
+        for part in self._parts:
+            _sync(part.file)
+        for part in self._parts:
+            os.replace(part.temporary, part.path)
+        sync(self._ids.path.parent)
+        return {part.path.name: {"bytes": part.size, "sha256": part.hash.hexdigest()} for part in self._parts}
 
     def discard(self) -> None:
         """Remove what was written so far; nothing once finished."""
-        self._file.close()
-        for temporary in self._temporary:
-            temporary.unlink(missing_ok=True)
+        for part in self._parts:
+            part.file.close()
+            part.temporary.unlink(missing_ok=True)
+
+
+class _Part:
+    """One file of a shard while it is written."""
+
+    def __init__(self, path: Path, owner: str) -> None:
+        self.path = path
+        self.temporary = temporary_path(path, owner)
+        self.file: BinaryIO = open(self.temporary, "wb")  # noqa: SIM115 (closed by finish or discard)
+        self.hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, raw: "bytes | memoryview") -> None:
+        self.file.write(raw)
+        self.hash.update(raw)
+        self.size += raw.nbytes if isinstance(raw, memoryview) else len(raw)
 
 
 def index_bytes(lengths: NDArray[np.int64], dtype: "np.dtype[np.unsignedinteger]") -> bytes:

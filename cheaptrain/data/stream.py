@@ -84,6 +84,10 @@ class TokenStream:
             self._copy(index, first - shard_start, out[first - start : last - start])
         return out
 
+    def document_lengths(self) -> Int64:
+        """Tokens of each document: int64 [documents]."""
+        return np.concatenate([np.empty(0, np.int64), *(np.diff(shard.ends, prepend=0) for shard in self._shards)])
+
     def document_starts(self, start: int, stop: int) -> Int64:
         """Where documents start strictly inside (start, stop), relative to `start`: int64, ascending."""
         found = []

@@ -6,21 +6,29 @@ settings, padding and the post-processor change from save to save without changi
 of the hash.
 """
 
+import copy
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from cheaptrain.chat.foreign import ForeignTemplate
+from cheaptrain.chat.rendering import ChatSpec, ChatTemplate
+from cheaptrain.chat.templates import find_template
 from cheaptrain.data.encode import EncoderSpec, plain_text_backend
+from cheaptrain.data.pieces import token_pieces
 from cheaptrain.data.train_tokenizer import trained_folder
 from cheaptrain.errors import PreflightError
 from cheaptrain.recipe import schema
+
+_OURS = "choose one of chatml, smollm2, llama3, plain"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +36,8 @@ class TextTokenizer:
     """A transformers fast tokenizer and what preparing and training need to know of it.
 
     `size`: ids are below it; `eot_id` ends every document; `bos_id` begins one, if the tokenizer itself adds it.
+    `template` renders the conversations of this recipe, `end_of_turn_id` ends their answers; `added` special tokens
+    were put in for it, and `limits` is what the recipe says of what may be lost.
     """
 
     hf: PreTrainedTokenizerBase
@@ -35,15 +45,32 @@ class TextTokenizer:
     size: int
     eot_id: int
     bos_id: int | None
+    template: ChatTemplate | None = None
+    end_of_turn_id: int | None = None
+    added: tuple[str, ...] = ()
+    limits: schema.Chat | None = None
 
     @cached_property
     def _backend(self) -> str:
         return str(self.hf.backend_tokenizer.to_str())
 
+    @property
+    def own_size(self) -> int:
+        """Ids below it are the tokenizer's own; from there on there are only tokens that somebody added to it."""
+        size, added = self.size, self.hf.backend_tokenizer.get_added_tokens_decoder()
+        while size - 1 in added:
+            size -= 1
+        return size
+
     @cached_property
     def special_ids(self) -> tuple[int, ...]:
         """Ids that no text may turn into: every special token but the one for unknown characters."""
         return tuple(sorted(_special_ids(self.hf, self.eot_id) - {self.hf.unk_token_id} | {self.eot_id}))
+
+    @property
+    def silent_ids(self) -> tuple[int, ...]:
+        """Ids that stand for no text: every special token."""
+        return tuple(sorted(_special_ids(self.hf, self.eot_id)))
 
     def encoder_spec(self) -> EncoderSpec:
         """What a worker needs to encode documents."""
@@ -51,28 +78,74 @@ class TextTokenizer:
         backend = plain_text_backend(self._backend, tokens)
         return EncoderSpec(backend, self.special_ids, self.eot_id, self.bos_id, self.size)
 
+    def chat_spec(self, seq_len: int) -> ChatSpec | None:
+        """What a worker needs to render conversations for rows of `seq_len` tokens."""
+        if self.template is None:
+            return None
+        ids = sorted(_special_ids(self.hf, self.eot_id))
+        return ChatSpec(self.template, dict(zip(self.hf.convert_ids_to_tokens(ids), ids, strict=True)), seq_len)
+
     def token_bytes(self) -> NDArray[np.int32]:
         """Bytes of text that each id stands for, int32 [size]; 0 for special tokens and ids that do not exist."""
-        backend = json.loads(self._backend)
-        measure = _token_measure(backend)
-        table = np.zeros(self.size, np.int32)
-        for token, index in self.hf.backend_tokenizer.get_vocab(with_added_tokens=False).items():
-            table[index] = measure(token)
-        for added in backend["added_tokens"]:
-            table[added["id"]] = len(added["content"].encode())  # stands in the text as it is written
-        table[sorted(_special_ids(self.hf, self.eot_id))] = 0
-        return table
+        pieces = token_pieces(self._backend, self.size, self.silent_ids)
+        return np.fromiter(map(len, pieces), np.int32, self.size)
 
 
-def load_tokenizer(spec: schema.Tokenizer, data: schema.Data) -> TextTokenizer:
+def load_tokenizer(spec: schema.Tokenizer, data: schema.Data, chat: schema.Chat | None = None) -> TextTokenizer:
     """The tokenizer of a recipe. A hub id is taken from the local cache when it is there: no network after preparing.
 
-    Raises PreflightError: not found, not trained yet, not a fast tokenizer, no end-of-text token.
+    With `chat` it has that template and the special tokens of it. Raises PreflightError: not found, not trained yet,
+    not a fast tokenizer, no end-of-text token, a template that cannot be used.
     """
     if spec.train is not None:
-        return open_tokenizer(str(trained_folder(spec.train, data)), origin="the trained tokenizer")
-    assert spec.path is not None
-    return open_tokenizer(spec.path, spec.revision, spec.end_of_text)
+        tokenizer = open_tokenizer(str(trained_folder(spec.train, data)), origin="the trained tokenizer")
+    else:
+        assert spec.path is not None
+        tokenizer = open_tokenizer(spec.path, spec.revision, spec.end_of_text)
+    return tokenizer if chat is None else with_template(tokenizer, chat)
+
+
+def with_template(tokenizer: TextTokenizer, chat: schema.Chat) -> TextTokenizer:
+    """The same tokenizer with a chat template, grown by the special tokens the template needs and it lacks.
+
+    Raises PreflightError for a template that is not there or does not say what the model must produce.
+    """
+    hf = copy.deepcopy(tokenizer.hf)
+    ours = find_template(chat.template, chat.system, str(hf.convert_ids_to_tokens(tokenizer.eot_id)))
+    if ours is None:
+        foreign = _foreign_template(hf, chat)
+        hf.chat_template = foreign.jinja
+        stop = hf.get_vocab()[foreign.end_of_turn()]
+        return replace(tokenizer, hf=hf, template=foreign, end_of_turn_id=stop, limits=chat)
+    known = hf.get_vocab()
+    missing = tuple(marker for marker in ours.markers if marker not in known)
+    markers = [AddedToken(marker, special=True, normalized=False) for marker in ours.markers]
+    hf.add_tokens(markers, special_tokens=True)  # those that are there already become special
+    hf.chat_template = ours.jinja
+    size = max(hf.get_vocab().values()) + 1
+    fingerprint = _fingerprint(hf, tokenizer.eot_id, tokenizer.bos_id)
+    return replace(
+        tokenizer, hf=hf, fingerprint=fingerprint, size=size, template=ours,
+        end_of_turn_id=hf.get_vocab()[ours.end], added=missing, limits=chat,
+    )  # fmt: skip
+
+
+def _foreign_template(hf: PreTrainedTokenizerBase, chat: schema.Chat) -> ForeignTemplate:
+    if chat.template == "tokenizer":
+        jinja = hf.chat_template
+        if not isinstance(jinja, str):
+            raise PreflightError(f"chat.template: the tokenizer has no template of its own; {_OURS}")
+    else:
+        try:
+            jinja = Path(chat.template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PreflightError(f"chat.template: {chat.template}: cannot be read ({error}); {_OURS}") from error
+    variables = {key: str(value) for key, value in hf.special_tokens_map.items() if isinstance(value, str)}
+    specials = tuple(token.content for token in hf.added_tokens_decoder.values() if token.special)
+    template = ForeignTemplate(jinja, variables, specials, hf.bos_token)
+    if problems := template.problems():
+        raise PreflightError(f"chat.template {chat.template!r}: {'; '.join(problems)}; mend it, or {_OURS}")
+    return template
 
 
 def open_tokenizer(
@@ -136,7 +209,27 @@ def _added_beginning(hf: PreTrainedTokenizerBase) -> int | None:
     return None
 
 
+def extends(longer: TextTokenizer, shorter: TextTokenizer) -> bool:
+    """Whether `longer` is `shorter` with special tokens added, or the very same."""
+    parts, added = _decisive(longer.hf, longer.eot_id, longer.bos_id)
+    parts_before, added_before = _decisive(shorter.hf, shorter.eot_id, shorter.bos_id)
+    names = {index: (content, special) for index, content, special in added}
+    before = {index: content for index, content, _ in added_before}
+    kept = all(index in names and names[index][0] == content for index, content in before.items())
+    return parts == parts_before and kept and all(names[index][1] for index in names.keys() - before.keys())
+
+
 def _fingerprint(hf: PreTrainedTokenizerBase, eot_id: int, bos_id: int | None) -> str:
+    (normalizer, pre_tokenizer, decoder, model, eot_id, bos_id), added = _decisive(hf, eot_id, bos_id)
+    parts = [normalizer, pre_tokenizer, decoder, model, added, eot_id, bos_id]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _decisive(
+    hf: PreTrainedTokenizerBase, eot_id: int, bos_id: int | None
+) -> tuple[tuple[Any, ...], list[tuple[int, str, bool]]]:
+    """What decides the ids of a document: parts of the backend and what begins and ends it; and the added tokens, each
+    (id, content, whether special)."""
     backend = json.loads(hf.backend_tokenizer.to_str())
     model = backend["model"]
     if "merges" in model:  # older versions write "a b", newer ones ["a", "b"]
@@ -146,37 +239,9 @@ def _fingerprint(hf: PreTrainedTokenizerBase, eot_id: int, bos_id: int | None) -
     added = sorted(
         (token["id"], token["content"], token["special"] or token["id"] in special) for token in backend["added_tokens"]
     )
-    parts = [backend["normalizer"], backend["pre_tokenizer"], backend["decoder"], model, added, eot_id, bos_id]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return (backend["normalizer"], backend["pre_tokenizer"], backend["decoder"], model, eot_id, bos_id), added
 
 
 def _special_ids(hf: PreTrainedTokenizerBase, eot_id: int) -> set[int]:
     flagged = {index for index, token in hf.backend_tokenizer.get_added_tokens_decoder().items() if token.special}
     return flagged | set(hf.all_special_ids) | {eot_id}
-
-
-def _token_measure(backend: dict[str, Any]) -> Any:
-    """A function from a token as the vocabulary spells it to the bytes of text it stands for."""
-    kinds = _component_kinds(backend["decoder"]) | _component_kinds(backend["pre_tokenizer"])
-    if "ByteLevel" in kinds:  # one printable character for each byte
-        return len
-    if backend["model"].get("byte_fallback") or kinds & {"Metaspace", "ByteFallback"}:
-        return _sentencepiece_bytes
-    prefix = backend["model"].get("continuing_subword_prefix") or ""
-    return lambda token: len(token.removeprefix(prefix).encode())
-
-
-def _sentencepiece_bytes(token: str) -> int:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return 1
-    return len(token.replace("▁", " ").encode())
-
-
-def _component_kinds(component: dict[str, Any] | None) -> set[str]:
-    """Names of a backend component and of all components inside it."""
-    if component is None:
-        return set()
-    kinds = {component["type"]}
-    for inner in component.get("decoders", []) + component.get("pretokenizers", []):
-        kinds |= _component_kinds(inner)
-    return kinds

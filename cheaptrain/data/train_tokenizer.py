@@ -121,8 +121,9 @@ def _unit_texts(source: schema.Source, unit: Unit, quota: int) -> Iterator[str]:
                 remedy = f'mend it, or set on_bad_line = "skip" for source {source.name!r} to leave such documents out'
                 raise PreflightError(f"{document.where}: {document.why}; {remedy}")
             continue
-        raw = document.encode()
-        yield document if len(raw) <= quota else raw[:quota].decode(errors="ignore")
+        text = document if isinstance(document, str) else document.text
+        raw = text.encode()
+        yield text if len(raw) <= quota else raw[:quota].decode(errors="ignore")
         quota -= len(raw)
 
 

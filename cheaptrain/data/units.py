@@ -1,14 +1,18 @@
 """One unit of preparing: read its documents, encode them, split off validation, write two shards and a record.
 
+Documents are texts or conversations; how they become tokens is a function given (`Encode`), and of conversations the
+mask is written beside the ids.
+
 This is all a worker does, and it depends on nothing but the unit, the tokenizer and the settings below, so it does not
 matter which worker does it, when, or how often. The record is renamed into place last: a unit without a record was not
 done, and a record is believed only after the shards it names have been hashed again.
 
-Whether a document is held out is decided by a hash of its text: the same document lands on the same side in every
-source, whatever stands around it.
+Whether a document is held out is decided by a hash of its text, or of the conversation in its one spelling: the same
+document lands on the same side in every source, whatever stands around it.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +21,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cheaptrain.data.encode import Encoder
+from cheaptrain.data.encode import Encoded
 from cheaptrain.data.files import sealed_json, write_atomically
 from cheaptrain.data.shards import ShardWriter
-from cheaptrain.data.sources import Bad, Unit, read_documents
+from cheaptrain.data.sources import Bad, Document, Unit, read_documents
 from cheaptrain.errors import PreflightError
 from cheaptrain.recipe import schema
 
 FORMAT = 1
 SPLITS = ("train", "val")
+CHAT_COUNTS = ("cut", "merging", "untaught")
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024
 
 Progress = Callable[[int, int], None]
+Encode = Callable[[Sequence[Any]], Encoded]
+Refusal = Callable[[Any], str | None]
 
 
 @dataclass(frozen=True)
@@ -41,43 +48,58 @@ class Job:
     validation: float
     owner: str
 
+    @property
+    def of_chats(self) -> bool:
+        """Are the documents conversations?"""
+        return self.source.format == "chat"
+
 
 def record_path(directory: Path, index: int) -> Path:
     """Where the record of a unit lies."""
     return directory / f"unit-{index:05d}.json"
 
 
-def write_unit(job: Job, unit: Unit, limit: int | None, encoder: Encoder, progress: Progress) -> dict[str, Any]:
+def write_unit(
+    job: Job,
+    unit: Unit,
+    limit: int | None,
+    dtype: "np.dtype[np.unsignedinteger]",
+    encode: Encode,
+    refusal: Refusal,
+    progress: Progress,
+) -> dict[str, Any]:
     """Prepare one unit; returns its record, which by then is on the disk.
 
-    `limit`: stop after the document with which the training tokens reach it. `progress(text bytes, tokens)` is called
-    for every batch. Raises PreflightError for a document that cannot be read, unless the source says to skip those.
+    `limit`: stop after the document with which the training tokens reach it. `refusal(document)`: why it cannot be
+    encoded, if it cannot. `progress(text bytes, tokens)` is called for every batch. Raises PreflightError for a
+    document that cannot be read or encoded, unless the source says to skip those.
     """
-    dtype = encoder.spec.dtype
-    writers = [ShardWriter(job.directory, f"{split}-{unit.index:05d}", dtype, job.owner) for split in SPLITS]
-    text_bytes, reached, counts = [0, 0], False, {"dropped": 0, "skipped": 0}
+    writers = [
+        ShardWriter(job.directory, f"{split}-{unit.index:05d}", dtype, job.owner, job.of_chats) for split in SPLITS
+    ]
+    text_bytes, reached, counts = [0, 0], False, Counter[str]()
     try:
-        for texts, passed_over in _batches(read_documents(job.source, unit), job.source):
-            encoded = [text.encode() for text in texts]
-            sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
-            held_out = is_held_out(encoded, job.validation)
-            ids, lengths = encoder.encode(texts)
-            filled = lengths > encoder.spec.added
-            if not filled.all():  # a tokenizer may make nothing of spaces
-                ids = ids[np.repeat(filled, lengths)]
-                lengths = np.where(filled, lengths, 0)
+        for documents, passed_over in _batches(_checked(read_documents(job.source, unit), refusal), job.source):
+            sizes = np.fromiter((len(_text(document)) for document in documents), np.int64, len(documents))
+            held_out = is_held_out(list(map(_spelled, documents)), job.validation)
+            encoded = encode(documents)
+            ids, lengths = encoded.ids, encoded.lengths
+            filled = lengths > 0
             left = None if limit is None else limit - writers[0].tokens
             kept, reached = _documents_until(left, np.where(held_out, 0, lengths))
             for before, kind in passed_over:
                 counts[kind] += before < kept or not reached
             counts["dropped"] += int(np.count_nonzero(~filled[:kept]))
+            counts += _chat_counts(encoded, kept)
             taken = np.flatnonzero(filled[:kept])
             sizes, held_out, lengths = sizes[taken], held_out[taken], lengths[taken]
             ids = ids[: int(lengths.sum())]
+            mask = None if encoded.mask is None else encoded.mask[: len(ids)]
             of_split = np.repeat(held_out, lengths)
             for side, (writer, chosen) in enumerate(zip(writers, (~held_out, held_out), strict=True)):
                 if chosen.any():
-                    writer.add(ids[of_split == bool(side)], lengths[chosen])
+                    here = of_split == bool(side)
+                    writer.add(ids[here], lengths[chosen], None if mask is None else mask[here])
                     text_bytes[side] += int(sizes[chosen].sum())
             progress(int(sizes.sum()), len(ids))
             if reached:
@@ -98,8 +120,32 @@ def write_unit(job: Job, unit: Unit, limit: int | None, encoder: Encoder, progre
     }
     for split, writer, size in zip(SPLITS, writers, text_bytes, strict=True):
         record[split] = {"tokens": writer.tokens, "documents": writer.documents, "bytes": size}
+        if job.of_chats:
+            record[split]["supervised"] = writer.supervised
+    if job.of_chats:
+        record["chat"] = {key: counts[key] for key in CHAT_COUNTS}
     write_atomically(record_path(job.directory, unit.index), sealed_json(record), job.owner)
     return record
+
+
+def _text(document: Document) -> bytes:
+    return document.encode() if isinstance(document, str) else document.text.encode()
+
+
+def _spelled(document: Document) -> bytes:
+    return document.encode() if isinstance(document, str) else document.canonical()
+
+
+def _chat_counts(encoded: Encoded, kept: int) -> Counter[str]:
+    """Of the first `kept` conversations: how many lost turns, where a header would merge with the answer, and in which
+    there is nothing to learn."""
+    if encoded.mask is None or encoded.cut is None or encoded.merging is None:
+        return Counter()
+    ends = np.cumsum(encoded.lengths)
+    taught = np.concatenate(([0], np.cumsum(encoded.mask, dtype=np.int64)))
+    untaught = (encoded.lengths > 0) & (taught[ends] == taught[ends - encoded.lengths])
+    found = {"cut": encoded.cut, "merging": encoded.merging, "untaught": untaught}
+    return Counter({key: int(np.count_nonzero(flags[:kept])) for key, flags in found.items()})
 
 
 def _documents_until(left: int | None, train_tokens: NDArray[np.int64]) -> tuple[int, bool]:
@@ -121,12 +167,21 @@ def held_out_by_digest(digests: Iterable[bytes], validation: float) -> NDArray[n
     return np.ones(len(hashes), bool) if validation >= 1 else hashes < np.uint64(int(validation * 2**64))
 
 
+def _checked(documents: Iterator[Document | Bad], refusal: Refusal) -> Iterator[Document | Bad]:
+    """The same, with what cannot be encoded as `Bad`."""
+    for document in documents:
+        if isinstance(document, Bad) or (why := refusal(document)) is None:
+            yield document
+        else:
+            yield Bad(f"the conversation that begins {_text(document)[:60].decode(errors='ignore')!r}", why)
+
+
 def _batches(
-    documents: Iterator[str | Bad], source: schema.Source
-) -> Iterator[tuple[list[str], list[tuple[int, str]]]]:
+    documents: Iterator[Document | Bad], source: schema.Source
+) -> Iterator[tuple[list[Document], list[tuple[int, str]]]]:
     """Documents worth encoding, about a megabyte at a time; and what was passed over: (documents of the batch before
     it, "dropped" for an empty one or "skipped" for a bad one)."""
-    batch: list[str] = []
+    batch: list[Document] = []
     passed_over: list[tuple[int, str]] = []
     size = 0
     for document in documents:
@@ -139,7 +194,7 @@ def _batches(
             passed_over.append((len(batch), "dropped"))
         else:
             batch.append(document)
-            size += len(document)
+            size += len(document) if isinstance(document, str) else len(document.text)
             if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
                 yield batch, passed_over
                 batch, passed_over, size = [], [], 0

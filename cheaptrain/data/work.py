@@ -97,9 +97,7 @@ class Work:
         """All units are there: write the manifest. Raises PreflightError when they hold nothing to train on."""
         kept = [self.records[unit.index] for unit in self.plan.units[: self._units_kept()]]
         totals = {
-            split: Totals(
-                **{key: sum(record[split][key] for record in kept) for key in ("tokens", "documents", "bytes")}
-            )
+            split: Totals(**{key: sum(record[split][key] for record in kept) for key in kept[0][split]})
             for split in SPLITS
         }
         name = self.job.source.name
@@ -112,6 +110,7 @@ class Work:
             directory=self.directory, name=name, settings=self.settings, eot_id=encoder.eot_id,
             bos_id=encoder.bos_id, dtype=encoder.dtype.name, **totals,
             dropped=sum(record["dropped"] for record in kept), skipped=sum(record["skipped"] for record in kept),
+            chat={key: sum(record["chat"][key] for record in kept) for key in kept[0].get("chat", ())} or None,
             inputs=tuple(
                 {"name": item.name, "fingerprint": item.fingerprint, "bytes": item.size}
                 for item in self.plan.inputs if item.name in names

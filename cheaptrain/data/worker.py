@@ -16,22 +16,26 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cheaptrain.data.encode import Encoder, EncoderSpec
+from cheaptrain.chat.rendering import ChatSpec, Renderer
+from cheaptrain.data.encode import Encoder, EncoderSpec, encode_texts
 from cheaptrain.data.foreign_index import index_unit
 from cheaptrain.data.sources import Unit
-from cheaptrain.data.units import Job, write_unit
+from cheaptrain.data.units import Encode, Job, Refusal, write_unit
 from cheaptrain.errors import CheaptrainError
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Sent once. `token_bytes`: bytes of text of each id, int32 [vocabulary], for sources that are tokens already."""
+    """Sent once. `token_bytes`: bytes of text of each id, int32 [vocabulary], for sources that are tokens already.
+    `chat`: how conversations are rendered, if there are any."""
 
     encoder: EncoderSpec
     token_bytes: Any
+    chat: ChatSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,17 @@ def main() -> None:
 def _perform(task: Task, encoder: Encoder, setup: Setup, progress: Any) -> dict[str, Any]:
     if task.job.source.kind == "tokens":
         return index_unit(task.job, task.unit, encoder.spec, setup.token_bytes, progress)
-    return write_unit(task.job, task.unit, task.limit, encoder, progress)
+    encode: Encode = partial(encode_texts, encoder)
+    refusal: Refusal = _none
+    if task.job.of_chats:
+        assert setup.chat is not None
+        renderer = Renderer(encoder, setup.chat)
+        encode, refusal = renderer.encode, renderer.refusal
+    return write_unit(task.job, task.unit, task.limit, encoder.spec.dtype, encode, refusal, progress)
+
+
+def _none(document: Any) -> None:
+    """Every text can be encoded."""
 
 
 def _receive(connection: Connection, messages: "queue.SimpleQueue[Any]") -> None:

@@ -3,7 +3,8 @@
 transformers lets a model call a registered function instead of its own attention; ours is called "cheaptrain". Which
 tokens may see which is decided once per micro-batch by `attention_inputs`, outside the model, and travels through the
 decoder as keyword arguments. On a GPU rows of several documents run as one variable-length batch without any seq × seq
-mask; on a CPU SDPA gets a block-diagonal mask; rows that are one document each are plain causal attention everywhere.
+mask; on a CPU SDPA gets a block-diagonal mask, or, in rows so long that the mask would cost more than the tokens, one
+document after the other; rows that are one document each are plain causal attention everywhere.
 Where several processes share a row, they exchange tokens for heads before and after (see context.py), so the rest here
 always deals with whole rows.
 
@@ -13,6 +14,7 @@ it raises. It is no good for generating, which needs a cache: `proof.plain_twin`
 """
 
 import inspect
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,7 +29,9 @@ from cheaptrain.model.context import Context, heads_for_tokens, tokens_for_heads
 
 NAME = "cheaptrain"
 
-CAUSAL, DENSE, VARLEN = "causal", "dense", "varlen"
+CAUSAL, DENSE, VARLEN, SINGLY = "causal", "dense", "varlen", "singly"
+# Tokens of a row. At 2,048 a mask takes ten times as long as none, at 32,768 a gigabyte, and four more as floats.
+LONGEST_MASK = 512
 
 
 def attention_inputs(
@@ -63,6 +67,8 @@ def attention_inputs(
         boundaries = _boundaries(changes).to(target, non_blocking=True)
         segments = segments.to(target, non_blocking=True)
         return inputs | {"packing": VARLEN, "packing_boundaries": boundaries, "packing_segments": segments}
+    if segments.shape[1] > LONGEST_MASK:
+        return inputs | {"packing": SINGLY, "packing_boundaries": _boundaries(changes)}
     return inputs | {"packing": DENSE, "packing_mask": _document_causal_mask(segments.to(target))}
 
 
@@ -164,7 +170,10 @@ def _attend(
             return _variable_length(query, key, value, boundaries, scaling)
         # The variable-length kernel knows half precision only. fp32 on a GPU is for checking, not for speed.
         assert segments is not None
-        mask = _document_causal_mask(segments)
+        if segments.shape[1] <= LONGEST_MASK:
+            mask = _document_causal_mask(segments)
+    if boundaries is not None and mask is None:
+        return _one_by_one(query, key, value, boundaries, dropout, scaling)
     grouped = query.shape[1] != key.shape[1]
     if mask is not None:
         output = F.scaled_dot_product_attention(
@@ -262,6 +271,28 @@ def _variable_length(query: Tensor, key: Tensor, value: Tensor, boundaries: Tens
     )
     assert isinstance(output, Tensor)
     return output.view(rows, seq, heads, dim)
+
+
+@torch.compiler.disable  # the lengths of documents are numbers here, and other ones in every batch
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, dropout: float, scaling: float | None
+) -> Tensor:
+    """One document after the other: `[rows, heads, seq, dim]` → `[rows, seq, heads, dim]`. Memory grows with the
+    tokens, time with the squares of the documents' lengths."""
+    seq, grouped = query.shape[2], query.shape[1] != key.shape[1]
+    rows: list[list[Tensor]] = [[] for _ in query]
+    for start, stop in pairwise(boundaries.tolist()):
+        if start == stop:
+            continue
+        row, first = divmod(start, seq)
+        document = slice(first, first + stop - start)
+        q, k, v = (x[row : row + 1, :, document] for x in (query, key, value))
+        rows[row].append(
+            F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+            )
+        )
+    return torch.cat([torch.cat(parts, dim=2) for parts in rows]).transpose(1, 2)
 
 
 def _boundaries(changes: Tensor) -> Tensor:

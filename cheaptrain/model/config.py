@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers.utils import cached_file
 
 from cheaptrain.errors import RecipeError
 from cheaptrain.model.attention import unsupported_attention
+from cheaptrain.model.growth import Growth, plan_growth, size_of_tokenizer
 from cheaptrain.model.presets import find_preset
 from cheaptrain.recipe import schema
+
+_ONLY_WHAT_IS_HERE: dict[str, Any] = {
+    "local_files_only": True, "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_connection_errors": False,
+}  # fmt: skip
 
 # Set by cheaptrain itself; the value says why or where instead.
 _NOT_FOR_OVERRIDES = {
@@ -35,8 +42,8 @@ def model_config(
     """The config of the model `spec` describes, for a tokenizer of `vocab_size` tokens and rows of `seq_len`.
 
     With fresh weights the vocabulary is `vocab_size` padded to `spec.vocab_multiple` (or `overrides.vocab_size`); with
-    `init_from` it is the checkpoint's. The tokenizer's own size is kept in the config as `unpadded_vocab_size`.
-    Raises RecipeError for whatever does not exist or does not fit.
+    `init_from` it is the checkpoint's, grown when the tokenizer has more. The tokenizer's own size is kept in the
+    config as `unpadded_vocab_size`. Raises RecipeError for whatever does not exist or does not fit.
     """
     if spec.preset is not None:
         preset = find_preset(spec.preset)
@@ -48,6 +55,8 @@ def model_config(
             raise RecipeError(f"tokenizer: its {name} id {given} lies outside its {vocab_size:,} tokens")
     if spec.init_from is None:
         fields["vocab_size"] = -(-vocab_size // spec.vocab_multiple) * spec.vocab_multiple
+    elif growth := _growth(spec, fields, vocab_size):
+        fields["vocab_size"] = growth.rows_after
     fields |= {"unpadded_vocab_size": vocab_size, "use_cache": True, "eos_token_id": eot_id, "bos_token_id": bos_id}
     # transformers gives the embedding of a padding id no gradient. There is no padding here, and where a checkpoint
     # pads with its end-of-text, that token would silently never learn.
@@ -55,6 +64,11 @@ def model_config(
     config = _construct(model_type, fields, spec.overrides)
     _check_fit(spec, config, seq_len)
     return config
+
+
+def vocabulary_growth(spec: schema.Model, vocab_size: int) -> Growth | None:
+    """What the checkpoint of `spec` needs for a tokenizer of `vocab_size` tokens; None: nothing, or fresh weights."""
+    return None if spec.init_from is None else _growth(spec, _read_config(spec)[1], vocab_size)
 
 
 def checkpoint_config(spec: schema.Model) -> PreTrainedConfig:
@@ -83,6 +97,14 @@ def locate(spec: schema.Model) -> str:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) or given.startswith((".", "~")):
         raise RecipeError(f"model.{key}: there is no folder {given}")
     return given
+
+
+def _growth(spec: schema.Model, fields: dict[str, Any], vocab_size: int) -> Growth | None:
+    if "unpadded_vocab_size" in fields:
+        return plan_growth(fields, None, vocab_size, spec.vocab_multiple)
+    file = cached_file(locate(spec), "tokenizer.json", revision=spec.revision, **_ONLY_WHAT_IS_HERE)
+    size = size_of_tokenizer(file) if file else None
+    return plan_growth(fields, size, vocab_size, spec.vocab_multiple)
 
 
 def _read_config(spec: schema.Model) -> tuple[str, dict[str, Any]]:
@@ -191,9 +213,8 @@ def _check_fit(spec: schema.Model, config: PreTrainedConfig, seq_len: int) -> No
     problems = []
     vocabulary, needed = config.vocab_size, config.unpadded_vocab_size
     if vocabulary < needed:
-        what = f"{spec.init_from} has" if spec.init_from is not None else "model.overrides.vocab_size gives"
         problems.append(
-            f"model: {what} a vocabulary of {vocabulary:,}, the tokenizer {needed:,}: use the model's own tokenizer"
+            f"model: model.overrides.vocab_size gives a vocabulary of {vocabulary:,}, the tokenizer {needed:,}"
         )
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and seq_len > positions:

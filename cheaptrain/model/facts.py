@@ -11,18 +11,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from cheaptrain.model.build import meta_model
 from cheaptrain.model.config import model_config
+from cheaptrain.model.lora import add_adapters
 from cheaptrain.model.parts import decoder_layers
 from cheaptrain.recipe import schema
 from cheaptrain.recipe.resolve import ModelFacts
 
 
-def model_facts(spec: schema.Model, vocab_size: int, seq_len: int) -> ModelFacts:
+def model_facts(spec: schema.Model, vocab_size: int, seq_len: int, lora: schema.Lora | None = None) -> ModelFacts:
     """Parameters and FLOPs of the model of `spec` with a tokenizer of `vocab_size` tokens, on rows of `seq_len`.
 
     `by_part` has the parts that exist of embedding, attention, mlp, norms, head (absent when tied) and other. FLOPs of
     a trained token, forward and backward, are 6·N + 12·layers·heads·head_dim·seq_len, where N leaves out what is only
     looked up (an untied input embedding, learned positions) and counts of the experts of a layer those a token goes
     through. The attention term is that of full attention, the causal half not taken off: the usual convention for MFU.
+    With adapters beside it the model's own weights need no gradient, which is 2·N less.
     """
     model = meta_model(model_config(spec, vocab_size=vocab_size, seq_len=seq_len))
     by_part: Counter[str] = Counter()
@@ -30,6 +32,7 @@ def model_facts(spec: schema.Model, vocab_size: int, seq_len: int) -> ModelFacts
         by_part[name] += count
     total = sum(p.numel() for p in model.parameters())
     matmul = sum(_used(p, model.config) for p in model.parameters()) - _looked_up(model)
+    trained = add_adapters(model, lora, seed=0) if lora is not None else 0
     config = model.config
     width = config.num_attention_heads * (
         getattr(config, "head_dim", 0) or config.hidden_size // config.num_attention_heads
@@ -38,7 +41,11 @@ def model_facts(spec: schema.Model, vocab_size: int, seq_len: int) -> ModelFacts
         parameters=total,
         embedding_parameters=by_part["embedding"],
         by_part=dict(by_part),
-        flops_per_token=float(6 * matmul + 12 * config.num_hidden_layers * width * seq_len),
+        flops_per_token=float(
+            (4 * matmul + 6 * trained if lora is not None else 6 * matmul)
+            + 12 * config.num_hidden_layers * width * seq_len
+        ),
+        adapters=trained,
     )
 
 

@@ -92,8 +92,8 @@ def prove_head(model: PreTrainedModel) -> float:
     with torch.no_grad():
         head(twin).register_forward_pre_hook(enlarge)
         logits = twin(input_ids=tokens, use_cache=False).logits
-    difference = (logits - expected[0]).abs().max().item() / 50
-    if not difference <= 1e-3:
+    difference = (logits.float() - expected[0].float()).abs().max().item() / 50
+    if not difference <= (1e-3 if weight.dtype == torch.float32 else 2e-2):  # products of bf16 are off by 0.4 %
         raise PreflightError(
             f"{type(model).__name__}: its logits are not what its output layer gives (off by {difference:.0%}): "
             "it scales or caps them, which the loss here does not do; take a model class without that"

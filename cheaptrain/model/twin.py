@@ -2,7 +2,7 @@
 
 It is what samples are generated with (ours takes no cache), what is saved, and the independent reference the proofs
 compare with. Nothing is copied: the twin holds the same parameter objects, so it is always up to date and costs no
-memory.
+memory. Only where adapters are trained, it has the weights they are merged into as they are now, in memory of its own.
 """
 
 import copy
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cheaptrain.errors import CheaptrainError
+from cheaptrain.model.lora import plain_modules
 
 
 def plain_twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -27,14 +28,14 @@ def plain_twin(model: PreTrainedModel) -> PreTrainedModel:
             "checkpoints need here; take another model class"
         ) from error
     theirs = dict(twin.named_modules())
-    for name, module in model.named_modules():
+    for name, parameters, buffers in plain_modules(model):
         other = theirs.pop(name, None)
         if other is None:
             raise CheaptrainError(
                 f"{type(model).__name__}: {name} was wrapped or added after building; it has no plain twin"
             )
-        other._parameters.update(module._parameters)
-        other._buffers.update(module._buffers)
+        other._parameters.update(parameters)  # type: ignore[arg-type]
+        other._buffers.update(buffers)
     left = [n for n, t in [*twin.named_parameters(), *twin.named_buffers()] if t.is_meta]
     if theirs or left:
         raise CheaptrainError(

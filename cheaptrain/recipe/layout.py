@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cheaptrain.errors import RecipeError
-from cheaptrain.recipe.schema import Parallel
+from cheaptrain.recipe.schema import Parallel, Recipe
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
@@ -53,6 +53,13 @@ def resolve_layout(parallel: Parallel, world_size: int, provenance: Mapping[str,
     if shard * fixed != world_size or shard < 1:
         raise RecipeError(_other_processes(parallel, fixed, world_size, provenance or {}))
     return Layout(parallel.dp_replicate, shard, parallel.cp, parallel.tp)
+
+
+def planned_processes(recipe: Recipe) -> int:
+    """Processes that the recipe is planned and inspected for: what it says, else the fewest its layout takes."""
+    parallel = recipe.parallel
+    shard = 1 if parallel.dp_shard == "auto" else parallel.dp_shard
+    return recipe.plan.gpus or parallel.dp_replicate * shard * parallel.cp * parallel.tp
 
 
 def processes(count: int) -> str:

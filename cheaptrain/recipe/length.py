@@ -12,21 +12,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from math import ceil
+from typing import Literal
 
 from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.recipe.quantities import Span
 from cheaptrain.recipe.schema import Recipe, Train
-from cheaptrain.recipe.shares import SourceFacts, rows_until_read
+from cheaptrain.recipe.shares import SourceFacts, by_size, rows_until_read
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the model amounts to. `flops_per_token`: forward and backward of one trained token at the run's seq_len."""
+    """What the model amounts to. `flops_per_token`: forward and backward of one trained token at the run's seq_len.
+    `adapters`: numbers of the adapters, where they alone train; else 0."""
 
     parameters: int
     embedding_parameters: int
     by_part: dict[str, int]
     flops_per_token: float
+    adapters: int = 0
 
 
 class MissingFacts(PreflightError):
@@ -58,19 +62,22 @@ class Done:
 
 @dataclass(frozen=True)
 class Goal:
-    """What ends a run: a number of steps, or of tokens. With `never_past` the last step must not go beyond it."""
+    """What ends a run: a number of steps, or of tokens. `last_step`: how near to the tokens it ends: at the nearest
+    whole step, never past them, or not before all of them are read."""
 
     key: str
     steps: int | None = None
     tokens: Fraction = Fraction(0)
-    never_past: bool = False
+    last_step: Literal["nearest", "before", "after"] = "nearest"
 
     def steps_left(self, stretch: Stretch) -> int:
-        """Steps of the stretch until the goal is reached: the nearest whole number, 0 when the goal is behind."""
+        """Steps of the stretch until the goal is reached: a whole number, 0 when the goal is behind."""
         if self.steps is not None:
             return max(0, self.steps - stretch.step)
         exact = (self.tokens - stretch.tokens) / stretch.global_batch_tokens
-        return max(0, int(exact if self.never_past else exact + Fraction(1, 2)))
+        if self.last_step == "after":
+            return max(0, ceil(exact))
+        return max(0, int(exact if self.last_step == "before" else exact + Fraction(1, 2)))
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,9 @@ def goal_of(recipe: Recipe, sources: Mapping[str, SourceFacts] | None, model: Mo
         if sources is None:
             raise MissingFacts(_unknown("train.epochs", "the tokens of each source are"))
         rows = rows_until_read(recipe, train.epochs, sources)
-        return Goal("train.epochs", tokens=Fraction(rows * recipe.data.seq_len), never_past=True)
+        if by_size(recipe):
+            return Goal("train.epochs", tokens=ceil(rows) * Fraction(recipe.data.seq_len), last_step="after")
+        return Goal("train.epochs", tokens=int(rows) * Fraction(recipe.data.seq_len), last_step="before")
     if train.flops is not None:
         if model is None:
             raise MissingFacts(_unknown("train.flops", "the model's FLOPs a token are"))

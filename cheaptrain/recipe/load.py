@@ -58,6 +58,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     return LoadedRecipe(recipe, Path(path), files, dict(_provenance(recipe, tree)))
 
 
+def load_recipes(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[LoadedRecipe]:
+    """Read several recipes. Raises RecipeError with what is wrong with any of them."""
+    loaded: list[LoadedRecipe] = []
+    problems: list[RecipeError] = []
+    for path in paths:
+        try:
+            loaded.append(load_recipe(path, overrides))
+        except RecipeError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise RecipeError("\n".join(map(str, problems)))
+    return loaded
+
+
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
 

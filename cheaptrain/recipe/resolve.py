@@ -8,6 +8,7 @@ differently, are how accumulation got left out of a run's tokens. Nothing here r
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import ceil
 
 from cheaptrain.errors import RecipeError
 from cheaptrain.recipe.batch import namer, resolve_batch
@@ -16,7 +17,15 @@ from cheaptrain.recipe.length import Curve, Done, Leg, ModelFacts, curve_of, goa
 from cheaptrain.recipe.length import MissingFacts as MissingFacts
 from cheaptrain.recipe.schema import Recipe
 from cheaptrain.recipe.shares import SourceFacts as SourceFacts
-from cheaptrain.recipe.shares import SourceShare, empty_sources, overread_sources, shares_of_run, weighted
+from cheaptrain.recipe.shares import (
+    SourceShare,
+    by_size,
+    empty_sources,
+    overread_sources,
+    rows_until_read,
+    shares_of_run,
+    weighted,
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,8 @@ class Resolved:
     and those after it) and the intervals are those of the batch now; `kept` says of each batch the run has had after
     which step it came and how often a checkpoint was to be kept for good. `decay_tokens` is the stretch in which the
     rate falls: for wsd what `train.decay` says, for linear and cosine all after warm-up, for constant 0. `flops` is the
-    whole run, forward and backward; None while the model is not known.
+    whole run, forward and backward; None while the model is not known. `filled_up`: rows of the next epoch with which
+    the last step is filled up, where sources are read by their size.
     """
 
     world_size: int
@@ -52,6 +62,7 @@ class Resolved:
     tokens_per_parameter: float | None
     flops: float | None
     shares: tuple[SourceShare, ...]
+    filled_up: int
 
     def keeps(self, step: int) -> bool:
         """Whether the checkpoint of this step is one to keep for good, by the batch it was written under."""
@@ -119,7 +130,14 @@ def resolve(
         tokens_per_parameter=tokens / model.parameters if model else None,
         flops=tokens * model.flops_per_token if model else None,
         shares=shares,
+        filled_up=_filled_up(recipe, rows, sources),
     )
+
+
+def _filled_up(recipe: Recipe, rows: int, sources: Mapping[str, SourceFacts] | None) -> int:
+    if sources is None or recipe.train.epochs is None or not by_size(recipe):
+        return 0
+    return max(0, rows - ceil(rows_until_read(recipe, recipe.train.epochs, sources)))
 
 
 def _schedule_complaints(recipe: Recipe, curve: Curve, named: Callable[[str], str]) -> list[str]:

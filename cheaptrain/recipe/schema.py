@@ -137,10 +137,19 @@ class Drills(Section):
     documents: PositiveCount = Field(description="how many documents to write", examples=[10_000])
     digits: Annotated[int, Field(ge=1, le=9)] = Field(2, description="longest operand, in digits")
     seed: int = Field(0, description="another seed gives other drills")
+    operations: Annotated[list[Literal["+", "-", "*"]], Field(min_length=1)] = Field(
+        ["+", "-", "*"], description="what is done with the operands"
+    )
+    steps: bool = Field(False, description='with format = "chat": answers write out how they were found')
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.0, description="share of all pairs of operands that no drill contains, to be asked later"
+    )
 
 
+CHAT_TEMPLATES = ("chatml", "smollm2", "llama3", "plain")
 ORIGINS = ("hub", "files", "packages", "drills", "tokens")
 _GOES_WITH = {
+    "columns": ("hub", "files"),
     "subset": ("hub",),
     "split": ("hub",),
     "revision": ("hub",),
@@ -158,8 +167,10 @@ class Source(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = Field(
         description="what metrics, overrides and recipes that extend this one call it", examples=["web"]
     )
-    weight: Annotated[float, Field(ge=0)] = Field(
-        description="share of the training tokens; shares are normalised, 0 leaves the source out", examples=[1.0]
+    weight: Annotated[float, Field(ge=0)] | Literal["size"] = Field(
+        description='share of the training tokens; shares are normalised, 0 leaves the source out; "size": as many as '
+        "it has, so that an epoch reads all of every source once",
+        examples=[1.0],
     )
     max_epochs: Positive | None = Field(
         None,
@@ -180,7 +191,17 @@ class Source(Section):
     tokens: str | list[str] | None = location("token shards of others: .ds, Megatron .bin/.idx, nanoGPT .bin/.npy")
     token_bytes: Literal[2, 4] | None = Field(None, description="bytes a token of a headerless .bin; default 2")
 
+    format: Literal["text", "chat"] = Field(
+        "text", description="text: documents; chat: conversations, rendered as [chat] says"
+    )
     column: str | None = Field(None, description="column holding the text; default: detected and printed")
+    columns: dict[Literal["messages", "conversations", "prompt", "completion", "system", "tools"], str] | None = Field(
+        None,
+        description='chat: where the columns have other names, e.g. { prompt = "question", completion = "answer" }',
+    )
+    system: str | None = Field(
+        None, description="chat: system turn of conversations of this source that have none; default: that of [chat]"
+    )
     max_tokens: PositiveCount | None = Field(None, description="stop after about so many tokens")
     on_bad_line: Literal["error", "skip"] = Field(
         "error", description="broken JSON or bad UTF-8: stop, or skip and count"
@@ -191,6 +212,18 @@ class Source(Section):
         for key in self._given("files", "packages", "tokens", "data_files"):
             if getattr(self, key) == []:
                 yield Clash(f"{key} is an empty list; name at least one", (key,))
+        if self.format == "chat":
+            if self.column is not None:
+                yield Clash('column names a text; with format = "chat" use columns', ("column", "format"))
+            if self.tokens is not None:
+                yield Clash("token shards hold no conversations", ("format", "tokens"))
+            if self.packages is not None and self.content == "code":
+                yield Clash('conversations are made from docstrings, not from content = "code"', ("content", "format"))
+        else:
+            for key in self._given("columns", "system"):
+                yield Clash(f'{key} goes with format = "chat"', (key, "format"))
+        if self.format == "text" and self.drills is not None and self.drills.steps:
+            yield Clash('steps are written into answers: set format = "chat"', ("drills.steps", "format"))
         given = self._given(*ORIGINS)
         if len(given) == 1:
             for key in self._given(*_GOES_WITH):
@@ -227,8 +260,77 @@ class Data(Section):
                 f"two sources are called {name!r}",
                 tuple(f"sources.{index}" for index, other in enumerate(names) if other == name),
             )
-        if not any(source.weight > 0 for source in self.sources):
+        sized = [source.weight == "size" for source in self.sources if source.weight != 0]
+        if any(sized) and not all(sized):
+            yield Clash('weight = "size" is for all sources of a mixture or for none', ("sources",))
+        if not sized:
             yield Clash("no source has a weight above 0", ("sources",))
+
+
+class Chat(Section):
+    """How conversations become tokens."""
+
+    template: str = Field(
+        "chatml",
+        description="chatml, llama3, smollm2 or plain; tokenizer: the tokenizer's own; or a .jinja file. The last two "
+        "need {% generation %} around what the model must produce",
+    )
+    system: str | None = Field(None, description="system turn of conversations that have none")
+    max_cut: Share = Field(0.05, description="share of the conversations of a source that may lose turns to fit a row")
+    max_dropped: Share = Field(0.05, description="share that may be left out because not even one exchange fits")
+
+    def clashes(self) -> Iterator[Clash]:
+        if self.system is not None and self.template not in CHAT_TEMPLATES:
+            yield Clash("system goes with a template of ours; write it into this one", ("system", "template"))
+
+
+class Distill(Section):
+    """The teacher, and what the student learns from it (objective = "distill")."""
+
+    teacher: str = Field(
+        description="checkpoint, hub id or folder", json_schema_extra={"path": True}, examples=["outputs/teacher/final"]
+    )
+    revision: str | None = Field(None, description="hub revision of the teacher")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl", description="forward_kl: KL(teacher, student)"
+    )
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="jsd: the teacher's share of the mixture; default 0.5"
+    )
+    temperature: Positive = Field(1.0, description="of both distributions; the divergence is multiplied by its square")
+    alpha: Share = Field(1.0, description="share of the divergence in the loss; the rest is cross-entropy")
+    precision: Literal["auto", "fp32", "bf16", "int8", "fp8"] = Field(
+        "auto", description="of the teacher; auto: bf16 on a GPU, fp32 on a CPU; int8 and fp8 need torchao"
+    )
+    tokenizers: Literal["same", "align"] = Field(
+        "same", description="same: refused when they differ; align: matched by the stretches of text they share"
+    )
+    top_k: PositiveCount | None = Field(
+        None, description="learn the teacher's k likeliest tokens and the rest as one; default: the whole vocabulary"
+    )
+    cache: str | None = operational(
+        None, "folder of `cheaptrain distill-cache`: the teacher is read from there", path=True
+    )
+
+    def clashes(self) -> Iterator[Clash]:
+        if self.divergence != "jsd" and self.jsd_beta is not None:
+            yield Clash('jsd_beta needs divergence = "jsd"', ("jsd_beta", "divergence"))
+        if self.cache is not None and self.top_k is None:
+            yield Clash("a cache holds top_k tokens a position: say how many", ("cache", "top_k"))
+
+
+class Lora(Section):
+    """Low-rank adapters instead of all weights; the checkpoint holds them merged."""
+
+    rank: PositiveCount = Field(description="rank of each adapter", examples=[16])
+    alpha: Positive = Field(16.0, description="adapters are scaled by alpha over rank")
+    dropout: Momentum = Field(0.0, description="dropout before each adapter")
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        strict=False,
+        min_length=1,
+        description="names of the linear layers that get one",
+    )
 
 
 LENGTHS = ("tokens", "steps", "epochs", "flops", "tokens_per_parameter")
@@ -237,7 +339,16 @@ LENGTHS = ("tokens", "steps", "epochs", "flops", "tokens_per_parameter")
 class Train(Section):
     """The loop. Exactly one of `tokens`, `steps`, `epochs`, `flops` and `tokens_per_parameter` says how long."""
 
-    objective: Literal["next_token"] = Field("next_token", description="what is learned from a row")
+    objective: Literal["next_token", "distill", "assistant_only"] = Field(
+        "next_token",
+        description="what is learned from a row: every next token; what a teacher says of it; what the assistant says",
+    )
+    loss_weighting: Literal["token", "example"] = Field(
+        "token", description="example: each conversation weighs the same, however long its answers"
+    )
+    neftune_alpha: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="noise on the input embeddings while training (NEFTune); 0: none"
+    )
     tokens: PositiveCount | None = Field(None, description="tokens to train on")
     steps: PositiveCount | None = Field(None, description="optimizer steps")
     epochs: Positive | None = Field(
@@ -285,8 +396,17 @@ class Train(Section):
     )
     max_skipped_steps: Annotated[int, Field(ge=1)] = Field(10, description="with skip: stop after so many in a row")
 
+    @property
+    def assistant_only(self) -> bool:
+        """Whether only what the assistant says is a target."""
+        return self.objective == "assistant_only"
+
     def clashes(self) -> Iterator[Clash]:
         yield from self._exactly_one(*LENGTHS)
+        if self.loss_weighting == "example" and self.objective != "assistant_only":
+            yield Clash(
+                'loss_weighting = "example" needs objective = "assistant_only"', ("loss_weighting", "objective")
+            )
         if self.optimizer != "muon":
             for key in self._given("muon_lr", "muon_momentum"):
                 yield Clash(f'{key} needs optimizer = "muon"', (key, "optimizer"))
@@ -330,6 +450,14 @@ class Samples(Section):
     temperature: Annotated[float, Field(ge=0)] = operational(0.0, "0: the likeliest token each time")
 
 
+class Probe(Section):
+    """Sums that no drill of a source contains, put to the model before and after the stage."""
+
+    source: str = operational(..., "name of the [[data.sources]] with drills; its weight may be 0", examples=["sums"])
+    questions: Annotated[int, Field(ge=1)] = operational(100, "how many to ask")
+    max_new_tokens: Annotated[int, Field(ge=1)] = operational(96, "longest answer")
+
+
 class Checkpoint(Section):
     """When to save and what to keep. The last step is always saved."""
 
@@ -353,7 +481,9 @@ class Log(Section):
 class Plan(Section):
     """What `cheaptrain plan` reckons with. Changes nothing in the run."""
 
-    gpus: Annotated[int, Field(ge=1)] = operational(1, "processes to plan for")
+    gpus: Annotated[int, Field(ge=1)] | None = operational(
+        None, "processes to plan for; default: as few as [parallel] takes"
+    )
     gpu: str | None = operational(None, "kind of GPU, e.g. H200: its memory and peak")
     tokens_per_second: Positive | None = operational(None, "measured speed of one process")
     mfu: Annotated[float, Field(gt=0, le=1)] = operational(0.4, "share of the peak to expect where no speed is given")
@@ -376,15 +506,22 @@ class Recipe(Section):
     train: Train = Field(
         description="the loop", examples=[{"tokens": "10B", "global_batch_tokens": 524_288, "lr": 3e-4}]
     )
+    chat: Chat | None = Field(None, description="how conversations become tokens")
+    distill: Distill | None = Field(
+        None, description='the teacher of objective = "distill"', examples=[{"teacher": "outputs/teacher/final"}]
+    )
+    lora: Lora | None = Field(None, description="low-rank adapters instead of all weights", examples=[{"rank": 16}])
     parallel: Parallel = Field(Parallel(), description="how the processes share the work")
     env: Variables = operational({}, 'environment of every process, set before it starts, e.g. NCCL_IB_DISABLE = "1"')
     validation: Validation = Field(Validation(), description="loss on held-out documents")
     samples: Samples = Field(Samples(), description="text the model writes")
+    probe: Probe | None = operational(None, "sums the model has not seen, asked before and after")
     checkpoint: Checkpoint = Field(Checkpoint(), description="when to save and what to keep")
     log: Log = Field(Log(), description="where the numbers go")
     plan: Plan = Field(Plan(), description="what `cheaptrain plan` reckons with")
 
     def clashes(self) -> Iterator[Clash]:
+        yield from self._clashes_of_stage()
         sources = {source.name: source for source in self.data.sources}
         for name in self.tokenizer.train.sources if self.tokenizer.train else ():
             if name not in sources:
@@ -392,3 +529,33 @@ class Recipe(Section):
                 yield Clash(message, ("tokenizer.train.sources", "data.sources"))
             elif sources[name].tokens is not None:
                 yield Clash(f"source {name!r} holds tokens, not text", ("tokenizer.train.sources",))
+
+    def _clashes_of_stage(self) -> Iterator[Clash]:
+        objective, taking_part = self.train.objective, [s for s in self.data.sources if s.weight != 0]
+        chats = [source.name for source in taking_part if source.format == "chat"]
+        if (objective == "distill") != (self.distill is not None):
+            yield Clash('objective = "distill" and the table [distill] go together', ("distill", "train.objective"))
+        if objective == "assistant_only":
+            for source in taking_part:
+                if source.format != "chat":
+                    message = f'source {source.name!r} is text, which has no assistant: set format = "chat"'
+                    yield Clash(message, (f"data.sources.{source.name}.format", "train.objective"))
+        if chats and self.chat is None:
+            yield Clash(f"source {chats[0]!r} holds conversations: say how they are rendered in [chat]", ("chat",))
+        if self.chat is not None and not chats:
+            yield Clash('[chat] is for sources with format = "chat", and there is none', ("chat",))
+        if chats and not self.data.document_mask:
+            yield Clash("conversations of a row must not see each other", ("data.document_mask",))
+        if self.probe is not None:
+            probed = next((s for s in self.data.sources if s.name == self.probe.source), None)
+            if probed is None or probed.drills is None or not probed.drills.held_out or probed.format != "chat":
+                message = (
+                    f"{self.probe.source!r} is no source of chat drills with held_out above 0: there is nothing to ask"
+                )
+                yield Clash(message, ("probe.source",))
+            if self.chat is None:
+                yield Clash("questions are asked in a chat template: [probe] needs [chat]", ("probe", "chat"))
+        if self.lora is not None and self.model.init_from is None:
+            yield Clash("[lora] adapts a model that is there: give model.init_from", ("lora", "model.init_from"))
+        if self.lora is not None and self.train.optimizer != "adamw":
+            yield Clash('adapters are trained with optimizer = "adamw"', ("train.optimizer", "lora"))

@@ -15,25 +15,30 @@ from cheaptrain.recipe.schema import Recipe, Source
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """What is prepared of one source."""
+    """What is prepared of one source. `packed_rows`: rows of the recipe's length that its conversations fill, packed;
+    None for text."""
 
     train_tokens: int
     train_documents: int
     train_bytes: int
     val_tokens: int
     val_documents: int
+    packed_rows: int | None = None
 
     def rows(self, seq_len: int) -> int:
-        """Whole rows for training: each needs `seq_len` inputs and one token more, the last target."""
+        """Rows for training. Of text whole ones: each needs `seq_len` inputs and one token more, the last target."""
+        if self.packed_rows is not None:
+            return self.packed_rows
         return max(0, (self.train_tokens - 1) // seq_len)
 
 
 @dataclass(frozen=True)
 class SourceShare:
-    """One source's part in a run. `available_rows` and `epochs` are None while the source is not prepared."""
+    """One source's part in a run. `available_rows` and `epochs` are None while the source is not prepared; `share` is
+    None, and `rows` 0, while it depends on the size of one that is not."""
 
     name: str
-    share: float
+    share: float | None
     rows: int
     tokens: int
     available_rows: int | None
@@ -44,34 +49,40 @@ class SourceShare:
 def shares_of_run(recipe: Recipe, rows: int, facts: Mapping[str, SourceFacts] | None = None) -> tuple[SourceShare, ...]:
     """How `rows` rows fall on the sources, in the recipe's order. The rows of all sources add up to `rows`."""
     seq_len, sources = recipe.data.seq_len, recipe.data.sources
-    fractions = _fractions(sources)
+    fractions = _fractions(recipe, facts or {})
+    parts = _apportion(fractions, rows) if fractions else [0] * len(sources)
     shares = []
-    for source, fraction, part in zip(sources, fractions, _apportion(fractions, rows), strict=True):
+    for number, source in enumerate(sources):
         available = facts[source.name].rows(seq_len) if facts and source.name in facts else None
         shares.append(
             SourceShare(
                 name=source.name,
-                share=float(fraction),
-                rows=part,
-                tokens=part * seq_len,
+                share=float(fractions[number]) if fractions else (None if source.weight else 0.0),
+                rows=parts[number],
+                tokens=parts[number] * seq_len,
                 available_rows=available,
-                epochs=part / available if available else None,
+                epochs=parts[number] / available if available and fractions else None,
                 max_epochs=max_epochs(recipe, source),
             )
         )
     return tuple(shares)
 
 
-def rows_until_read(recipe: Recipe, epochs: float, facts: Mapping[str, SourceFacts]) -> int:
-    """Rows until the first source has been read `epochs` times."""
+def rows_until_read(recipe: Recipe, epochs: float, facts: Mapping[str, SourceFacts]) -> Fraction:
+    """Rows until the first source has been read `epochs` times; read by their sizes, all of them have been then."""
     available = {source.name: facts[source.name].rows(recipe.data.seq_len) for source in weighted(recipe)}
-    fractions = dict(zip((source.name for source in recipe.data.sources), _fractions(recipe.data.sources), strict=True))
-    return int(min(Fraction(epochs) * rows / fractions[name] for name, rows in available.items()))
+    fractions = dict(zip((source.name for source in recipe.data.sources), _fractions(recipe, facts), strict=True))
+    return min(Fraction(epochs) * rows / fractions[name] for name, rows in available.items())
+
+
+def by_size(recipe: Recipe) -> bool:
+    """Whether every source is read in proportion to what it has, so that epochs of all of them end together."""
+    return any(source.weight == "size" for source in recipe.data.sources)
 
 
 def weighted(recipe: Recipe) -> list[Source]:
     """The sources that take part: those with a weight above 0."""
-    return [source for source in recipe.data.sources if source.weight > 0]
+    return [source for source in recipe.data.sources if source.weight != 0]
 
 
 def max_epochs(recipe: Recipe, source: Source) -> float:
@@ -92,12 +103,19 @@ def empty_sources(recipe: Recipe, facts: Mapping[str, SourceFacts], named: Calla
 def overread_sources(recipe: Recipe, shares: Sequence[SourceShare], named: Callable[[str], str]) -> list[str]:
     """A complaint for each source that is read more often than the recipe allows.
 
-    The order of the data follows the weights to within K rows for K sources, so K rows more are let through.
+    The order of the data follows the weights to within K rows for K sources, so K rows more are let through, and where
+    epochs of all sources end together, what fills up the last step.
     """
     slack, seq_len = len(weighted(recipe)), recipe.data.seq_len
+    if by_size(recipe) and recipe.train.epochs is not None:
+        slack += recipe.train.global_batch_tokens // seq_len
     complaints = []
     for share in shares:
-        if share.available_rows is None or share.rows <= share.max_epochs * share.available_rows + slack:
+        if (
+            share.available_rows is None
+            or share.share is None
+            or share.rows <= share.max_epochs * share.available_rows + slack
+        ):
             continue
         least = share.rows / share.available_rows
         complaints.append(
@@ -109,9 +127,18 @@ def overread_sources(recipe: Recipe, shares: Sequence[SourceShare], named: Calla
     return complaints
 
 
-def _fractions(sources: Sequence[Source]) -> list[Fraction]:
-    weights = [Fraction(source.weight) for source in sources]
-    return [weight / sum(weights) for weight in weights]
+def _fractions(recipe: Recipe, facts: Mapping[str, SourceFacts]) -> list[Fraction]:
+    """The share of each source; empty while a size that decides it is not known, or all are empty."""
+    weights: list[Fraction] = []
+    for source in recipe.data.sources:
+        if source.weight != "size":
+            weights.append(Fraction(source.weight))
+        elif source.name in facts:
+            weights.append(Fraction(facts[source.name].rows(recipe.data.seq_len)))
+        else:
+            return []
+    total = sum(weights)
+    return [weight / total for weight in weights] if total else []
 
 
 def _apportion(fractions: Sequence[Fraction], rows: int) -> list[int]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import median
 
 from cheaptrain.checkpoint.paths import RunDirectory
+from cheaptrain.data.topk_cache import CacheSpec
 from cheaptrain.recipe.resolve import ModelFacts, Resolved
-from cheaptrain.recipe.schema import Recipe
+from cheaptrain.recipe.schema import Distill, Recipe
 from cheaptrain.report.device import Device
 from cheaptrain.report.sources import SourcePlan
 from cheaptrain.report.speed import StepTime
@@ -106,9 +107,25 @@ def data_disk(recipe: Recipe, sources: Sequence[SourcePlan], vocab_size: int | N
     )
 
 
-def checkpoint_disk(recipe: Recipe, facts: ModelFacts, resolved: Resolved) -> Disk:
-    """Checkpoints that lie there at once, less those of this run that are there already."""
+def cache_disk(distill: Distill, resolved: Resolved, vocab_size: int) -> list[Disk]:
+    """What a cached teacher takes, if the recipe names one."""
+    if distill.cache is None or distill.top_k is None:
+        return []
+    folder = Path(distill.cache)
+    spec = CacheSpec({}, resolved.rows, resolved.seq_len, distill.top_k, vocab_size, 1)
+    there = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    how = f"{distill.top_k:,} tokens a position, {size(spec.row_bytes)} a row: cheaptrain distill-cache"
+    return [Disk("teacher", folder, there, max(0, spec.rows * spec.row_bytes - there), how)]
+
+
+def checkpoint_disk(recipe: Recipe, facts: ModelFacts, resolved: Resolved | None) -> Disk:
+    """Checkpoints that lie there at once, less those of this run that are there already. Where the length of the run is
+    not known, those of `checkpoint.keep_last` and the new one."""
     run = RunDirectory(Path(recipe.run.dir))
+    if resolved is None:
+        each, count = checkpoint_bytes(facts, recipe.train), recipe.checkpoint.keep_last + 1
+        kept = "" if recipe.checkpoint.keep_every is None else ", and those of checkpoint.keep_every"
+        return Disk("checkpoints", run.path, 0, each * count, f"{count} at once, {size(each)} each{kept}")
     each, count = checkpoint_bytes(facts, recipe.train), checkpoints_at_once(resolved, recipe.checkpoint)
     present = min(count, len(run.steps()))
     return Disk(

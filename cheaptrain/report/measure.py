@@ -10,7 +10,6 @@ continued along the line through both. That is exact, because between one layer 
 happens; the trap would be to continue the peak alone, which may lie elsewhere in a deep model than in a shallow one.
 """
 
-import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -28,14 +27,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from cheaptrain.data.rows import RowBatch
 from cheaptrain.model.build import meta_model
 from cheaptrain.model.context import Context, check_context
+from cheaptrain.model.lora import add_adapters
 from cheaptrain.model.parts import decoder_layers, hidden_matrices
 from cheaptrain.parallel.mesh import make_mesh
 from cheaptrain.parallel.parallelize import parallelize
 from cheaptrain.parallel.root import Root, last_micro_batch
 from cheaptrain.parallel.tensor import check_tensor_parallel
 from cheaptrain.recipe.layout import AXES, Layout
-from cheaptrain.report.tracker import ACTIVATIONS, BATCH, GRADIENTS, LOSS, WEIGHTS, Tracker
-from cheaptrain.train.objective import OBJECTIVES, Compute
+from cheaptrain.recipe.schema import Lora
+from cheaptrain.report.depth import alike_at_the_end, shortened
+from cheaptrain.report.lesson import Lesson
+from cheaptrain.report.tracker import ACTIVATIONS, BATCH, GRADIENTS, LOSS, TEACHER, WEIGHTS, Tracker
+from cheaptrain.train.objective import Compute, Objective, hidden_states, next_token
 
 _Sent = Mapping[tuple[str, bool], float]
 
@@ -55,7 +58,8 @@ class Setting:
     bf16: bool
     masked: bool
     loss_chunk_tokens: int
-    objective: str = "next_token"
+    lesson: Lesson | None = None
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,12 @@ class Moment:
 
 @dataclass(frozen=True)
 class Held:
-    """Numbers (not bytes) of parameters that the largest process holds: all, and those of hidden matrices.
+    """Numbers (not bytes) of parameters that the largest process holds: all, those of hidden matrices, `trained` ones.
     `mean`: over all processes that hold a share. `largest_matrix`: of the whole model."""
 
     parameters: int
     hidden: int
+    trained: int
     mean: float
     largest_matrix: int
 
@@ -86,7 +91,7 @@ class Measured:
     """One process, the first: shards are never larger elsewhere. Without what the optimizer keeps.
 
     `sent`: bytes that it sends along each axis of the mesh, "dp_shard_cp" among them, in the last micro-batch of a
-    step; `sent_before`: in each earlier one.
+    step; `sent_before`: in each earlier one. `teacher`: bytes that a teacher takes all the time.
     """
 
     setting: Setting
@@ -94,6 +99,7 @@ class Measured:
     held: Held
     sent: Mapping[str, float]
     sent_before: Mapping[str, float]
+    teacher: int = 0
 
 
 def measure(config: PreTrainedConfig, setting: Setting) -> Measured:
@@ -105,43 +111,25 @@ def measure(config: PreTrainedConfig, setting: Setting) -> Measured:
     check_tensor_parallel(config, layout.tp)
     check_context(config, seq_len=setting.seq_len, cp=layout.cp, tp=layout.tp)
     mesh = _mesh(layout) if layout.world_size > 1 else cast(DeviceMesh, _Alone())
+    if setting.lesson is not None and layout.tp > 1:
+        setting = replace(setting, lesson=setting.lesson.of_head_rows(config.vocab_size))
+    student = _student(config, setting, mesh)
+    if setting.lesson is None or setting.lesson.config is None:
+        return student
+    return _with_teacher(student, setting.lesson, setting.lesson.config, mesh)
+
+
+def _student(config: PreTrainedConfig, setting: Setting, mesh: DeviceMesh) -> Measured:
+    layout = setting.layout
     alike, layers = alike_at_the_end(config), config.num_hidden_layers
     unlike = layers - alike
     if layout.tp > 1:
         # What DTensor does with a shape it first tries on whole tensors, once; and there nobody can tell the two apart.
-        _run(_shortened(config, min(layers, unlike + _FEW - 1)), setting, mesh, unlike)
+        _run(shortened(config, min(layers, unlike + _FEW - 1)), setting, mesh, unlike)
     if alike <= _FEW + 1:
         return _run(config, setting, mesh, unlike)
-    short, longer = (_run(_shortened(config, unlike + n), setting, mesh, unlike) for n in (_FEW, _FEW + 1))
+    short, longer = (_run(shortened(config, unlike + n), setting, mesh, unlike) for n in (_FEW, _FEW + 1))
     return _continued(short, longer, alike - _FEW - 1)
-
-
-def alike_at_the_end(config: PreTrainedConfig) -> int:
-    """How many of the last layers are of one kind: the same parameters, and the same entries in lists of the config
-    that have one for each layer."""
-    lists = _layer_lists(config)
-    kinds = [
-        (
-            type(layer),
-            [(name, p.shape) for name, p in layer.named_parameters()],
-            [values[i] for values in lists.values()],
-        )
-        for i, layer in enumerate(decoder_layers(meta_model(config)))
-    ]
-    return next((n for n, kind in enumerate(reversed(kinds)) if kind != kinds[-1]), len(kinds))
-
-
-def _layer_lists(config: PreTrainedConfig) -> dict[str, list[Any]]:
-    count = config.num_hidden_layers
-    return {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count}
-
-
-def _shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    short = copy.deepcopy(config)
-    for name, values in _layer_lists(config).items():
-        setattr(short, name, values[:layers])
-    short.num_hidden_layers = layers
-    return short
 
 
 def _continued(short: Measured, longer: Measured, more: int) -> Measured:
@@ -164,6 +152,70 @@ def _continued(short: Measured, longer: Measured, more: int) -> Measured:
     )
 
 
+def _with_teacher(student: Measured, lesson: Lesson, config: PreTrainedConfig, mesh: DeviceMesh) -> Measured:
+    """`student` with what its teacher takes beside it at each moment, and a moment for the teacher's own pass."""
+    alike, layers = alike_at_the_end(config), config.num_hidden_layers
+    more = max(0, alike - _FEW - 1)
+    depths = [layers] if more == 0 else [layers - alike + _FEW, layers - alike + _FEW + 1]
+    found = [_teaching(shortened(config, depth), lesson, student.setting, mesh) for depth in depths]
+    held, fullest, sent = found[-1]
+    if more:
+        held += (held - found[0][0]) * more
+        fullest += (fullest - found[0][1]) * more
+        sent = {axis: nbytes + (nbytes - found[0][2].get(axis, 0.0)) * more for axis, nbytes in sent.items()}
+    start = next((moment.parts for moment in student.moments if moment.place == "start"), {})
+    moments = [Moment(m.place, {**m.parts, TEACHER: held}) for m in student.moments]
+    moments.append(Moment("teacher", {**start, TEACHER: fullest}))
+
+    def with_sent(before: Mapping[str, float]) -> dict[str, float]:
+        return {axis: before.get(axis, 0.0) + sent.get(axis, 0.0) for axis in {**before, **sent}}
+
+    return replace(
+        student,
+        moments=tuple(moments),
+        sent=with_sent(student.sent),
+        sent_before=with_sent(student.sent_before),
+        teacher=held,
+    )
+
+
+def _teaching(
+    config: PreTrainedConfig, lesson: Lesson, setting: Setting, mesh: DeviceMesh
+) -> tuple[int, int, dict[str, float]]:
+    """Bytes that the teacher takes all the time, and at its fullest; and what its pass over a micro-batch sends."""
+    with torch.random.fork_rng(devices=[]):
+        model = meta_model(config, lesson.dtype).requires_grad_(False)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    saved = 0
+    if lesson.quantised:
+        saved = sum(p.numel() * (p.itemsize - 1) for p in decoder_layers(model).parameters() if p.dim() > 1)
+        root = Root(model)
+    else:
+        root = parallelize(model, mesh, dtype=lesson.dtype)
+    root.requires_grad_(False).eval()
+    alone = setting.layout.world_size == 1
+    context = None if alone else Context.of(mesh["cp"].get_group())
+    compute = Compute(torch.device("cpu"), lesson.dtype, setting.masked, setting.loss_chunk_tokens, context)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+        root.to_empty(device="cpu")
+        if tied:
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        tracker = Tracker(fake)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tracker.note(tensor, WEIGHTS)
+        batch = _batch(setting, Tracker(fake))
+        with tracker:
+            for place in ("setting up", "pass"):
+                tracker.place = place
+                tracker.sent.clear()
+                root(hidden_states, batch, compute)
+            tracker.place = "after"
+            _ = torch.empty(1)
+    held, fullest = tracker.peaks["after"][0], tracker.peaks["pass"][0]
+    sent = _by_axis(dict(tracker.sent), {} if alone else _axis_names(mesh))
+    return held - saved, fullest - saved, sent
+
+
 class _Alone:
     """The mesh of one process, which needs no process group."""
 
@@ -178,6 +230,8 @@ def _run(config: PreTrainedConfig, setting: Setting, mesh: DeviceMesh, unlike: i
     """Run all layers of `config`, of which the first `unlike` are of other kinds than the rest."""
     with torch.random.fork_rng(devices=[]):
         model = meta_model(config).train()
+    if setting.lora is not None:
+        add_adapters(model, setting.lora, seed=0)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = embedding.weight is head.weight
     dtype = torch.bfloat16 if setting.bf16 else torch.float32
@@ -194,8 +248,10 @@ def _run(config: PreTrainedConfig, setting: Setting, mesh: DeviceMesh, unlike: i
         _write_down(model, tracker)
         _watch_places(model, tracker, unlike)
         batch = _batch(setting, tracker)
+        lesson = setting.lesson
+        objective = next_token if lesson is None else lesson.stub(setting.layout.tp)
         first, last = _steps(
-            root, batch, compute, setting, tracker, passes=1 if alone and not setting.accumulates else 2
+            root, objective, batch, compute, setting, tracker, passes=1 if alone and not setting.accumulates else 2
         )
     names = {} if alone else _axis_names(mesh)
     return Measured(
@@ -210,7 +266,13 @@ def _run(config: PreTrainedConfig, setting: Setting, mesh: DeviceMesh, unlike: i
 
 
 def _steps(
-    root: Root, batch: RowBatch, compute: Compute, setting: Setting, tracker: Tracker, passes: int
+    root: Root,
+    objective: Objective,
+    batch: RowBatch,
+    compute: Compute,
+    setting: Setting,
+    tracker: Tracker,
+    passes: int,
 ) -> tuple[_Sent, _Sent]:
     """Two micro-batches; only the second stays in the tracker's peaks. With accumulation they are the last two of a
     step, else of two steps, of which FSDP needs the first to set itself up. Returns what each of them sent."""
@@ -221,7 +283,7 @@ def _steps(
             tracker.sent.clear()
             tracker.place = "start"
             last_micro_batch(root, number == passes or not setting.accumulates)
-            sums = root(OBJECTIVES[setting.objective], batch, compute)
+            sums = root(objective, batch, compute)
             tracker.making = ACTIVATIONS
             (sums.loss / batch.supervised).backward()
             del sums
@@ -239,7 +301,8 @@ def _write_down(model: PreTrainedModel, tracker: Tracker) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         tracker.note(tensor, WEIGHTS)
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: tracker.relabel(cast(Tensor, p.grad), GRADIENTS))
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: tracker.relabel(cast(Tensor, p.grad), GRADIENTS))
 
 
 def _watch_places(model: PreTrainedModel, tracker: Tracker, unlike: int) -> None:
@@ -289,7 +352,7 @@ def _batch(setting: Setting, tracker: Tracker) -> RowBatch:
 def _held(model: PreTrainedModel) -> Held:
     hidden = {id(parameter) for parameter in hidden_matrices(model)}
     local: Counter[bool] = Counter()
-    mean, largest = 0.0, 0
+    trained, mean, largest = 0, 0.0, 0
     for parameter in model.parameters():
         share = 1.0
         here = parameter.numel()
@@ -298,10 +361,11 @@ def _held(model: PreTrainedModel) -> Held:
             for axis, placement in enumerate(parameter.placements):
                 share /= parameter.device_mesh.size(axis) if not placement.is_replicate() else 1
         local[id(parameter) in hidden] += here
+        trained += here if parameter.requires_grad else 0
         mean += parameter.numel() * share
         if id(parameter) in hidden:
             largest = max(largest, parameter.numel())
-    return Held(local[True] + local[False], local[True], mean, largest)
+    return Held(local[True] + local[False], local[True], trained, mean, largest)
 
 
 def _by_axis(sent: _Sent, names: Mapping[str, str]) -> dict[str, float]:

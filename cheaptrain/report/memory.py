@@ -6,10 +6,13 @@ measured (`measure.py`), with what the optimizer keeps added to each, and its pa
 
 from dataclasses import dataclass
 
+import torch
+from cheaptrain_kernels import distilled_at_once
 from transformers import PreTrainedConfig
 
 from cheaptrain.recipe.resolve import ModelFacts
 from cheaptrain.recipe.schema import Checkpoint, Train
+from cheaptrain.report.lesson import Lesson
 from cheaptrain.report.measure import Held, Measured, Moment
 from cheaptrain.report.tracker import (
     ACTIVATIONS,
@@ -19,11 +22,13 @@ from cheaptrain.report.tracker import (
     GRADIENTS,
     LOSS,
     MESSAGES,
+    TEACHER,
     WEIGHTS,
 )
+from cheaptrain.units import human
 
 OPTIMIZER = "optimizer"
-_ORDER = (WEIGHTS, OPTIMIZER, GRADIENTS, GATHERED, COPIES, ACTIVATIONS, LOSS, MESSAGES)
+_ORDER = (WEIGHTS, OPTIMIZER, GRADIENTS, TEACHER, GATHERED, COPIES, ACTIVATIONS, LOSS, MESSAGES)
 _ORTHOGONALISING = 12  # bytes for each number of the largest matrix: see train/muon.py
 
 
@@ -71,7 +76,7 @@ def plan_memory(measured: Measured, train: Train, facts: ModelFacts, config: Pre
     parts = dict(fullest.parts)
     parts[ACTIVATIONS] = parts.get(ACTIVATIONS, 0) + parts.pop(BATCH, 0)
     parts[OPTIMIZER] = parts.get(OPTIMIZER, 0) + optimizer
-    how = _explained(measured, train, facts, config, whole=parts.get(GRADIENTS, 0) > 4 * measured.held.parameters)
+    how = _explained(measured, train, facts, config, whole=parts.get(GRADIENTS, 0) > 4 * measured.held.trained)
     table = tuple(MemoryPart(name, parts[name], how[name]) for name in _ORDER if parts.get(name))
     return MemoryPlan(table, _when(fullest.place), measured.held)
 
@@ -84,21 +89,35 @@ def peak_bytes(measured: Measured, train: Train) -> int:
 
 def moments_held(held: Held, train: Train) -> int:
     """What the optimizer keeps of what a process holds: AdamW two fp32 numbers, Muon one for the hidden matrices."""
-    return 8 * held.parameters - (4 * held.hidden if train.optimizer == "muon" else 0)
+    return 8 * held.trained - (4 * held.hidden if train.optimizer == "muon" else 0)
 
 
-def host_memory(held: Held, train: Train, facts: ModelFacts, checkpoint: Checkpoint, processes: int) -> HostMemory:
+def host_memory(
+    measured: Measured, train: Train, facts: ModelFacts, checkpoint: Checkpoint, processes: int
+) -> HostMemory:
     """Of the machine of the fullest process, with `processes` of the run on it."""
+    held, lesson = measured.held, measured.setting.lesson
+    building = 4 * facts.parameters
+    if lesson is not None and lesson.facts is not None:  # read once the student is laid out
+        building = max(building, lesson.dtype.itemsize * lesson.facts.parameters)
     copies = (4 * held.parameters + moments_held(held, train)) if checkpoint.asynchronous else 0
     # Every process draws or reads the whole model on the CPU and keeps its share; one alone goes on with it as it is.
-    return HostMemory(processes, 4 * facts.parameters * processes, copies * processes)
+    return HostMemory(processes, building * processes, copies * processes)
 
 
 def _stepping(measured: Measured, train: Train) -> Moment:
     """The optimizer's step: all gradients are there, and Muon has a matrix at hand."""
     at_hand = _ORTHOGONALISING * measured.held.largest_matrix if train.optimizer == "muon" else 0
     weights = max(moment.parts.get(WEIGHTS, 0) for moment in measured.moments)
-    return Moment("step", {WEIGHTS: weights, GRADIENTS: 4 * measured.held.parameters, OPTIMIZER: at_hand})
+    taught = {TEACHER: measured.teacher} if measured.teacher else {}
+    return Moment("step", {WEIGHTS: weights, GRADIENTS: 4 * measured.held.trained, OPTIMIZER: at_hand, **taught})
+
+
+def _of_teacher(lesson: Lesson, facts: ModelFacts, sharded: bool) -> str:
+    if lesson.quantised:
+        return f"{human(facts.parameters)} parameters, layers at one byte each"
+    precision = "bf16" if lesson.dtype == torch.bfloat16 else "fp32"
+    return f"{precision}, {human(facts.parameters)} parameters{', only its layers sharded' if sharded else ''}"
 
 
 def _when(place: str) -> str:
@@ -108,6 +127,8 @@ def _when(place: str) -> str:
         return "the loss"
     if place == "step":
         return "the optimizer's step"
+    if place == "teacher":
+        return "the teacher's forward pass"
     direction, _, layer = place.partition(" ")
     which = {"first": "the first layer", "last": "the last layer", "middle": "the layers between"}.get(
         layer, "the first layers"
@@ -124,6 +145,10 @@ def _explained(
     tokens = setting.micro_batch_size * setting.seq_len // setting.layout.cp
     chunk = min(setting.loss_chunk_tokens, tokens)
     layers = "inputs of the layers, one layer again" if setting.recompute else "all layers"
+    lesson = setting.lesson
+    if lesson is not None:
+        chunk = distilled_at_once(lesson.vocab // setting.layout.tp, chunk)
+    both = "both " if lesson is not None and lesson.facts is not None else ""
     return {
         WEIGHTS: f"fp32, {share}",
         OPTIMIZER: "AdamW, 8 bytes a parameter"
@@ -133,6 +158,7 @@ def _explained(
         GATHERED: f"of the layers at hand in {'bf16' if setting.bf16 else 'fp32'}, embedding and head in fp32",
         COPIES: "of matrices, as autocast casts them",
         ACTIVATIONS: f"{setting.micro_batch_size} x {setting.seq_len // setting.layout.cp:,} tokens, {layers}",
-        LOSS: f"logits of {chunk:,} tokens x {config.vocab_size:,}, and the head's gradient",
+        LOSS: f"{both}logits of {chunk:,} tokens x {config.vocab_size:,}, and the head's gradient",
+        TEACHER: "" if lesson is None or lesson.facts is None else _of_teacher(lesson, lesson.facts, sharded),
         MESSAGES: "buffers of what is being sent",
     }

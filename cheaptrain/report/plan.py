@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from cheaptrain.errors import PreflightError, RecipeError
-from cheaptrain.recipe.layout import AXES
+from cheaptrain.recipe.layout import AXES, planned_processes
 from cheaptrain.recipe.load import LoadedRecipe
 from cheaptrain.report.advice import impossibilities
 from cheaptrain.report.device import device_to_plan_for, this_device
@@ -36,7 +36,7 @@ def print_plans(
     outlooks: list[Outlook] = []
     problems = []
     for loaded in recipes:
-        outlook = survey_leniently(loaded, loaded.recipe.plan.gpus, outlooks)
+        outlook = survey_leniently(loaded, planned_processes(loaded.recipe), outlooks)
         outlooks.append(outlook)
         report = plan_report(outlook, device_to_plan_for(loaded.recipe.plan, gpus=gpus), propose=propose)
         print_report(report, console)

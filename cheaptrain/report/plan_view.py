@@ -40,6 +40,7 @@ def report_lines(report: PlanReport) -> Iterator[Text]:
     yield Text(f"Plan of {loaded.name} ({loaded.path})", "bold")
     for label, lines in (
         ("model", _model(report)),
+        ("teacher", _teacher(report)),
         ("batch", _batch(report)),
         ("length", _length(report)),
         ("rate", _rate(report)),
@@ -78,10 +79,26 @@ def _model(report: PlanReport) -> Iterator[str]:
     yield from _wrapped(
         ", ".join(f"{part} {human(count)} ({count / facts.parameters:.0%})" for part, count in _parts(facts)) + head
     )
+    if (lora := report.recipe.lora) is not None:
+        yield f"adapters of rank {lora.rank}: {facts.adapters:,} numbers train, and no weight of the model"
     vocab = report.outlook.vocab_size
     yield f"vocabulary {config.vocab_size:,}" + (f", of which the tokenizer uses {vocab:,}" if vocab else "")
     if resolved is not None and resolved.tokens_per_parameter is not None:
         yield f"{human(resolved.tokens_per_parameter)} tokens a parameter (Chinchilla: {_CHINCHILLA})"
+
+
+def _teacher(report: PlanReport) -> Iterator[str]:
+    distill, lesson = report.recipe.distill, report.lesson
+    if distill is None:
+        return
+    known = f", read from {distill.cache}" if distill.cache else ": size unknown"
+    if lesson is not None and lesson.config is not None and lesson.facts is not None:
+        kind = cast(type, MODEL_FOR_CAUSAL_LM_MAPPING[type(lesson.config)]).__name__
+        known = f" ({kind}): {lesson.facts.parameters:,} parameters"
+    yield f"{distill.teacher}{known}"
+    learnt = "the whole vocabulary" if distill.top_k is None else f"its {distill.top_k:,} likeliest tokens and the rest"
+    mixed = "" if distill.alpha == 1 else f", {distill.alpha:g} of the loss, the rest cross-entropy"
+    yield from _wrapped(f"{distill.divergence} over {learnt} at temperature {distill.temperature:g}{mixed}")
 
 
 def _parts(facts: ModelFacts) -> list[tuple[str, int]]:
@@ -113,6 +130,8 @@ def _length(report: PlanReport) -> Iterator[str]:
         yield "unknown"
         return
     yield f"{_plural(resolved.steps, 'step')}, {resolved.tokens:,} tokens ({human(resolved.tokens)})"
+    if resolved.filled_up:
+        yield f"the last step is filled up with {_plural(resolved.filled_up, 'row')} of the next epoch"
     sampling = f", samples every {resolved.sample_every:,}" if report.recipe.samples.prompts else ""
     yield (
         f"validation every {_plural(resolved.validate_every, 'step')}{sampling}, "
@@ -153,11 +172,15 @@ def _data(report: PlanReport) -> Iterator[str]:
     yield f"{'source':<{width}} {heads}"
     for source in report.sources:
         prepared = "not prepared" if source.prepared_tokens is None else human(source.prepared_tokens)
+        share = "–" if source.share is None else f"{source.share:.2%}"
         yield (
-            f"{source.name:<{width}} {source.share:>7.2%} {_known(source.tokens):>9} {prepared:>13}"
+            f"{source.name:<{width}} {share:>7} {_known(source.tokens):>9} {prepared:>13}"
             f" {'–' if source.epochs is None else f'{source.epochs:.2f}':>7} {source.max_epochs:>8g}"
             f" {_known(source.val_tokens):>9}"
         )
+    packed = [f"{source.name} {source.useful:.2%}" for source in report.sources if source.useful is not None]
+    if packed:
+        yield from _wrapped(f"conversations fill of the positions of their rows: {', '.join(packed)}")
     yield from _not_prepared(report)
 
 
@@ -234,6 +257,11 @@ def _compute(report: PlanReport) -> Iterator[str]:
         f"{_scientific(resolved.flops)} FLOPs in all, " if resolved is not None and resolved.flops is not None else ""
     )
     yield f"{total}{_scientific(facts.flops_per_token)} a token (forward and backward)"
+    if report.lesson is not None and report.lesson.facts is not None:
+        yield f"and {_scientific(report.lesson.flops_per_token)} a token for the teacher (forward)"
+    if report.spared is not None:
+        share = report.spared / (report.spared + facts.flops_per_token)
+        yield f"the cache spares {_scientific(report.spared)} a token of the teacher, {share:.0%} of all computing"
 
 
 def _scientific(number: float) -> str:

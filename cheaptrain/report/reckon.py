@@ -11,12 +11,15 @@ from transformers import PreTrainedConfig
 
 from cheaptrain.errors import CheaptrainError, PreflightError
 from cheaptrain.hardware import GPUS_PER_NODE
+from cheaptrain.model import attention
 from cheaptrain.model.config import model_config
+from cheaptrain.model.facts import model_facts
 from cheaptrain.recipe.layout import Layout
 from cheaptrain.recipe.schema import Recipe
 from cheaptrain.recipe.shares import shares_of_run
-from cheaptrain.report.costs import Disk, Speed, checkpoint_disk, data_disk, expected_speed
+from cheaptrain.report.costs import Disk, Speed, cache_disk, checkpoint_disk, data_disk, expected_speed
 from cheaptrain.report.device import Device
+from cheaptrain.report.lesson import Lesson, lesson_of
 from cheaptrain.report.measure import Measured, Setting
 from cheaptrain.report.memory import HostMemory, MemoryPlan, host_memory, plan_memory
 from cheaptrain.report.pretend import as_one_of
@@ -39,7 +42,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """Everything the block shows. None: not known.
+    """Everything the block shows. None: not known. `spared`: FLOPs a token of a teacher that a cache stands for.
 
     `memory_unknown`: why it is. `refused`: why the model cannot be laid out like this. `fits` says which settings would
     fit the memory, if these do not ("": none). `step`: the assumed time of one step. `looked`: whether a proposal was
@@ -49,6 +52,8 @@ class PlanReport:
     outlook: Outlook
     device: Device
     config: PreTrainedConfig | None
+    lesson: Lesson | None
+    spared: float | None
     sources: tuple[SourcePlan, ...]
     bf16: bool
     memory: MemoryPlan | None
@@ -88,21 +93,26 @@ def plan_report(outlook: Outlook, device: Device, *, propose: bool = False) -> P
     sources = plan_sources(recipe.data, shares, dict(outlook.manifests), resolved is not None)
     bf16 = recipe.train.precision == "bf16" or (recipe.train.precision == "auto" and device.is_gpu)
     config = found = unknown = refused = None
+    lesson = _lesson(outlook, device)
     if facts is not None and outlook.vocab_size is not None:
         config = model_config(outlook.model, vocab_size=outlook.vocab_size, seq_len=recipe.data.seq_len)
         try:
-            found = _find(outlook, device, config, bf16, propose)
+            found = _find(outlook, device, config, lesson, bf16, propose)
         except PreflightError as error:
             refused = str(error)
         except CheaptrainError as error:  # a class that does not run on tensors without memory may still train
             unknown = str(error)
     disks = [data_disk(recipe, sources, outlook.vocab_size)]
-    if facts is not None and resolved is not None:
+    if resolved is not None and recipe.distill is not None and outlook.vocab_size is not None:
+        disks += cache_disk(recipe.distill, resolved, outlook.vocab_size)
+    if facts is not None:
         disks.append(checkpoint_disk(recipe, facts, resolved))
     step = memory = host = proposal = None
     if found is not None and config is not None and facts is not None:
         memory = plan_memory(found.as_it_is, recipe.train, facts, config)
-        host = host_memory(memory.held, recipe.train, facts, recipe.checkpoint, min(outlook.world_size, GPUS_PER_NODE))
+        host = host_memory(
+            found.as_it_is, recipe.train, facts, recipe.checkpoint, min(outlook.world_size, GPUS_PER_NODE)
+        )
         step = _step(outlook, device, found.as_it_is)
         if found.cheapest is not None:
             chosen = found.cheapest
@@ -117,6 +127,8 @@ def plan_report(outlook: Outlook, device: Device, *, propose: bool = False) -> P
         outlook=outlook,
         device=device,
         config=config,
+        lesson=lesson,
+        spared=_spared(outlook),
         sources=sources,
         bf16=bf16,
         memory=memory,
@@ -133,7 +145,29 @@ def plan_report(outlook: Outlook, device: Device, *, propose: bool = False) -> P
     )
 
 
-def _find(outlook: Outlook, device: Device, config: PreTrainedConfig, bf16: bool, propose: bool) -> Found:
+def _lesson(outlook: Outlook, device: Device) -> Lesson | None:
+    if outlook.recipe.distill is None or outlook.vocab_size is None:
+        return None
+    return lesson_of(
+        outlook.recipe.distill,
+        outlook.teacher,
+        vocab_size=outlook.vocab_size,
+        seq_len=outlook.recipe.data.seq_len,
+        on_gpu=device.is_gpu,
+    )
+
+
+def _spared(outlook: Outlook) -> float | None:
+    distill, teacher = outlook.recipe.distill, outlook.teacher
+    if distill is None or distill.cache is None or teacher is None or outlook.vocab_size is None:
+        return None
+    facts = model_facts(teacher, vocab_size=outlook.vocab_size, seq_len=outlook.recipe.data.seq_len)
+    return facts.flops_per_token / 3
+
+
+def _find(
+    outlook: Outlook, device: Device, config: PreTrainedConfig, lesson: Lesson | None, bf16: bool, propose: bool
+) -> Found:
     recipe, batch, facts = outlook.recipe, outlook.batch, outlook.facts
     assert facts is not None
     setting = Setting(
@@ -143,9 +177,12 @@ def _find(outlook: Outlook, device: Device, config: PreTrainedConfig, bf16: bool
         accumulates=batch.accumulation > 1,
         recompute=recipe.train.activation_checkpointing,
         bf16=bf16,
-        masked=recipe.data.document_mask and not (device.is_gpu and bf16),
+        masked=recipe.data.document_mask
+        and not (device.is_gpu and bf16)
+        and recipe.data.seq_len <= attention.LONGEST_MASK,
         loss_chunk_tokens=recipe.train.loss_chunk_tokens,
-        objective=recipe.train.objective,
+        lesson=lesson,
+        lora=recipe.lora,
     )
     wanted = Wanted(
         usable=device.usable_bytes(outlook.world_size),
@@ -180,12 +217,13 @@ def _mildest(found: Found, recipe: Recipe) -> str | None:
 
 def _step(outlook: Outlook, device: Device, measured: Measured) -> StepTime | None:
     facts, setting, batch = outlook.facts, measured.setting, outlook.batch
+    lesson = setting.lesson
     if device.gpu is None or facts is None:
         return None
     return predicted_step_seconds(
         setting.layout,
         device.gpu,
-        flops=facts.flops_per_token * batch.tokens_per_step,
+        flops=(facts.flops_per_token + (lesson.flops_per_token if lesson else 0)) * batch.tokens_per_step,
         mfu=outlook.recipe.plan.mfu,
         recompute=setting.recompute,
         accumulation=batch.rows_per_step // (setting.micro_batch_size * setting.layout.data_parallel),

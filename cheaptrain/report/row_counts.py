@@ -1,6 +1,7 @@
 """What packing does to each source, counted, not estimated: what fills rows, what is left over, what has no target.
 
-All of it follows from where documents start, which the indexes of the shards know, so no token is read.
+All of it follows from where documents start, which the indexes of the shards know, and from the masks of
+conversations; no token is read.
 """
 
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cheaptrain.data.manifest import Manifest
-from cheaptrain.data.stream import TokenStream
+from cheaptrain.data.rows import PackedRows, StreamRows
 
 _ROWS_AT_ONCE = 1 << 16
 
@@ -29,9 +30,41 @@ class PassCounts:
     split_documents: int
 
 
-def count_pass(stream: TokenStream, seq_len: int, document_mask: bool) -> PassCounts:
-    """Count one pass over a stream of at least one row."""
-    rows = (stream.tokens - 1) // seq_len
+@dataclass(frozen=True)
+class PackedCounts:
+    """One pass over packed conversations. Everything exact.
+
+    `positions`: of whole rows; `padding`: of them, those that no conversation fills. `supervised`: positions with a
+    target. `rows_of_several`: rows that hold more than one conversation. `without_target`: conversations that have no
+    position with a target.
+    """
+
+    rows: int
+    positions: int
+    padding: int
+    supervised: int
+    rows_of_several: int
+    without_target: int
+
+
+def count_packed(source: PackedRows) -> PackedCounts:
+    """Count one pass over packed rows."""
+    held = source.documents.lengths - 1
+    supervised = source.documents.supervised() if source.assistant_only else held
+    positions = source.rows * source.seq_len
+    return PackedCounts(
+        rows=source.rows,
+        positions=positions,
+        padding=positions - int(held.sum()),
+        supervised=int(supervised.sum()),
+        rows_of_several=int((np.diff(source.packing.starts) > 1).sum()),
+        without_target=int((supervised == 0).sum()),
+    )
+
+
+def count_pass(source: StreamRows) -> PassCounts:
+    """Count one pass over the whole rows of a stream, at least one."""
+    stream, seq_len, rows = source.stream, source.seq_len, source.rows
     starts_inside = np.zeros(rows, bool)  # a document starts in the row, after its first token
     starts_at = np.ones(rows, bool)  # a document starts with the row; the first row always begins one
     boundaries = 0
@@ -52,7 +85,7 @@ def count_pass(stream: TokenStream, seq_len: int, document_mask: bool) -> PassCo
     return PassCounts(
         rows=rows,
         left_over=stream.tokens - 1 - rows * seq_len,
-        without_target=boundaries if document_mask else 0,
+        without_target=boundaries if source.document_mask else 0,
         rows_of_several=int(starts_inside.sum()),
         split_documents=int(cut.sum() - same.sum()),
     )

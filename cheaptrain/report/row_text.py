@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from cheaptrain.data.rows import IGNORED, RowBatch
 from cheaptrain.data.tokenizer import TextTokenizer
 
+LINE_END, TAB = "↵", "⇥"
 _LONGEST_CHARACTER = 4  # bytes in UTF-8, and so the most tokens that one character is spread over
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -40,6 +41,7 @@ class TokenText:
         self._hf = tokenizer.hf
         self.eot_id = tokenizer.eot_id
         self._added = {index: token.content for index, token in self._hf.added_tokens_decoder.items()}
+        self.specials = frozenset(tokenizer.special_ids)
         backend = json.loads(self._hf.backend_tokenizer.to_str())
         byte_level = "ByteLevel" in json.dumps([backend["decoder"], backend["pre_tokenizer"]])
         self._byte_of = _byte_alphabet() if byte_level else None
@@ -56,6 +58,25 @@ class TokenText:
         if match := _BYTE_TOKEN.fullmatch(token):
             return bytes([int(match[1], 16)])
         return token.replace("▁", " ").encode()
+
+    def of(self, ids: Sequence[int]) -> str:
+        """The text of consecutive tokens; bytes that are no UTF-8 written as \\xNN."""
+        return b"".join(map(self.bytes_of, ids)).decode(errors="backslashreplace")
+
+
+def visible(text: str) -> str:
+    """Line breaks and tabs as signs, other control characters as \\xNN."""
+    shown = []
+    for letter in text:
+        if letter == "\n":
+            shown.append(LINE_END + "\n")
+        elif letter == "\t":
+            shown.append(TAB)
+        elif letter < " " or letter == "\x7f":
+            shown.append(f"\\x{ord(letter):02x}")
+        else:
+            shown.append(letter)
+    return "".join(shown)
 
 
 def row_pieces(batch: RowBatch, row: int, text: TokenText) -> Iterator[Piece]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cheaptrain.data.files import InputHashes
 from cheaptrain.data.manifest import Manifest
+from cheaptrain.data.open import holds_chats
 from cheaptrain.data.sources import plan_source
 from cheaptrain.errors import PreflightError
 from cheaptrain.recipe.schema import Data, Source
@@ -18,11 +19,11 @@ class SourcePlan:
     """One source. None: not known.
 
     `tokens_estimated`: what preparing would bring, from the size of its text or from max_tokens; `at_most`: only a part
-    of that text is taken.
+    of that text is taken. `useful`: the share of the positions of packed rows that conversations fill; None for text.
     """
 
     name: str
-    share: float
+    share: float | None
     tokens: int | None
     prepared_tokens: int | None
     prepared_bytes: int
@@ -31,6 +32,7 @@ class SourcePlan:
     val_tokens: int | None
     tokens_estimated: int | None
     at_most: bool
+    useful: float | None
 
 
 def plan_sources(
@@ -47,7 +49,7 @@ def plan_sources(
             SourcePlan(
                 name=share.name,
                 share=share.share,
-                tokens=share.tokens if resolved else None,
+                tokens=share.tokens if resolved and share.share is not None else None,
                 prepared_tokens=manifest.train.tokens if manifest else None,
                 prepared_bytes=sum(file["bytes"] for file in manifest.files.values()) if manifest else 0,
                 epochs=share.epochs if resolved else None,
@@ -55,9 +57,16 @@ def plan_sources(
                 val_tokens=manifest.val.tokens if manifest else None,
                 tokens_estimated=None if manifest else estimate_tokens(data, specs[share.name]),
                 at_most=specs[share.name].kind == "packages" and specs[share.name].content != "code",
+                useful=_useful(manifest, share, data.seq_len),
             )
         )
     return tuple(plans)
+
+
+def _useful(manifest: Manifest | None, share: SourceShare, seq_len: int) -> float | None:
+    if manifest is None or not share.available_rows or not holds_chats(manifest):
+        return None
+    return (manifest.train.tokens - manifest.train.documents) / (share.available_rows * seq_len)
 
 
 def estimate_tokens(data: Data, source: Source) -> int | None:

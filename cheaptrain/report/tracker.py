@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 WEIGHTS, GRADIENTS, GATHERED, COPIES = "weights", "gradients", "gathered weights", "bf16 copies"
 ACTIVATIONS, LOSS, MESSAGES = "activations", "loss", "communication"
+TEACHER = "teacher"
 BATCH = "batch"
 _FOR_GOOD = (WEIGHTS, GRADIENTS, GATHERED, BATCH)
 

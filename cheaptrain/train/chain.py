@@ -8,39 +8,39 @@ import gc
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.text import Text
 
+from cheaptrain.checkpoint.launch_record import recorded_launch
 from cheaptrain.checkpoint.paths import STACKS, RunDirectory
-from cheaptrain.checkpoint.rundir import open_run_together
+from cheaptrain.checkpoint.rundir import OpenedRun, open_run_together
 from cheaptrain.checkpoint.state_files import read_scalars
-from cheaptrain.checkpoint.verify import STATE, Checkpoint, verify_init_from
+from cheaptrain.checkpoint.verify import STATE, Checkpoint
 from cheaptrain.console import lasting_console
 from cheaptrain.data.manifest import verify_manifest
-from cheaptrain.durable import sha256_of
 from cheaptrain.errors import CheaptrainError, PreflightError, StoppedError
 from cheaptrain.launched import assert_started
-from cheaptrain.model.hub import model_folder
 from cheaptrain.parallel.processes import Processes, join, leave
 from cheaptrain.parallel.recorder import record_collectives
 from cheaptrain.parallel.watch import watch
 from cheaptrain.recipe.identity import identity
 from cheaptrain.recipe.length import Done
-from cheaptrain.recipe.load import LoadedRecipe, load_recipe
+from cheaptrain.recipe.load import LoadedRecipe, load_recipes
 from cheaptrain.recipe.schema import Recipe
 from cheaptrain.report.plan import print_plan
 from cheaptrain.say import say
 from cheaptrain.train.beforehand import refuse_disorder, refuse_later_failures
 from cheaptrain.train.ledger import Ledger
+from cheaptrain.train.lineage import inputs_of
 from cheaptrain.train.loop import train
 from cheaptrain.train.outcome import Outcome, outcome_of, print_outcomes
+from cheaptrain.train.probing import probe_after, probe_before
 from cheaptrain.train.setup import refuse_without_space, set_up
 from cheaptrain.train.signals import StopRequest, agreed_stop, stop_on_signals
 from cheaptrain.train.stage import Stage
@@ -50,7 +50,7 @@ from cheaptrain.train.survey import Survey, going_on, survey_all
 def run_chain(paths: Sequence[str], overrides: Sequence[str]) -> list[Outcome]:
     """Run the recipes at `paths` in order, this process as one of all that were started; print what came of them."""
     _check_launcher()
-    recipes = [load_recipe(path, overrides) for path in paths]
+    recipes = load_recipes(paths, overrides)
     refuse_disorder(recipes)
     limits = [loaded.recipe.run.max_time for loaded in recipes if loaded.recipe.run.max_time is not None]
     with stop_on_signals(min(limits, default=None)) as stop:
@@ -69,7 +69,7 @@ def run_chain(paths: Sequence[str], overrides: Sequence[str]) -> list[Outcome]:
 def _run_stages(recipes: Sequence[LoadedRecipe], processes: Processes, stop: StopRequest) -> list[Outcome]:
     console = lasting_console(emoji=False) if processes.is_main else Console(quiet=True)
     surveys = survey_all(recipes, processes.size, lambda loaded: processes.on_main(lambda: _done_before(loaded)))
-    processes.on_main(lambda: _check_all(surveys))
+    processes.on_main(lambda: _check_all(surveys, console))
     outcomes = []
     for survey in surveys:
         if agreed_stop(stop, processes):
@@ -81,8 +81,8 @@ def _run_stages(recipes: Sequence[LoadedRecipe], processes: Processes, stop: Sto
     return outcomes
 
 
-def _check_all(surveys: Sequence[Survey]) -> None:
-    refuse_later_failures(surveys)
+def _check_all(surveys: Sequence[Survey], console: Console) -> None:
+    refuse_later_failures(surveys, lambda text: say(console, text, "yellow"))
     for manifest in {m.directory: m for survey in surveys for m in survey.manifests.values()}.values():
         verify_manifest(manifest)
 
@@ -108,7 +108,7 @@ def _run_stage(survey: Survey, processes: Processes, stop: StopRequest, console:
         recipe=recipe.model_dump(mode="json"),
         provenance=loaded.provenance,
         identity=identity(recipe),
-        inputs=processes.on_main(lambda: _inputs(survey)),
+        inputs=processes.on_main(lambda: inputs_of(survey)),
         steps=partial(_last_step, survey),
         report=report,
     ) as opened:
@@ -116,39 +116,39 @@ def _run_stage(survey: Survey, processes: Processes, stop: StopRequest, console:
             survey = going_on(survey, _done_at(opened.checkpoint))
         if opened.decision == "done":
             say(console, f"{loaded.name} is done already: {opened.directory.final}")
+            processes.on_main(lambda: probe_after(survey, opened.directory))
             return outcome_of(survey, "done before", 0.0, survey.resolved.steps, report)
-        processes.on_main(lambda: print_plan(survey, console))  # it may refuse, too
-        processes.on_main(lambda: refuse_without_space(survey, opened))
-        trackers = Accelerator(
-            cpu=processes.device.type == "cpu",
-            mixed_precision="no",
-            log_with=list(recipe.log.trackers) or None,
-            project_dir=opened.directory.path,
-        )
-        limits = recipe.parallel
-        with watch(processes, limits.start_timeout, limits.step_timeout, opened.directory.path / STACKS) as watcher:
-            with _memory_explained(recipe):
-                stage = set_up(survey, opened, trackers, processes, watch=watcher, stop=stop, console=console)
-            if opened.checkpoint is not None:
-                say(console, f"going on from {opened.checkpoint.path} ({stage.ledger.tokens_seen:,} tokens seen)")
-            began, from_step = time.perf_counter(), stage.ledger.step
-            with _records_closed(stage), _memory_explained(recipe):
-                train(stage)
-        return outcome_of(survey, "trained", time.perf_counter() - began, from_step, report)
+        facts = {"name": loaded.name, "steps": survey.resolved.steps, "tokens": survey.resolved.tokens}
+        record = recorded_launch(opened.directory, facts | {"processes": processes.size}, report)
+        with record if processes.is_main else nullcontext():
+            return _train_stage(survey, opened, processes, stop, console)
 
 
-def _inputs(survey: Survey) -> dict[str, Any]:
-    """What the run is made from, each by its hash."""
-    model = survey.loaded.recipe.model
-    inputs: dict[str, Any] = {
-        "tokenizer": survey.tokenizer.fingerprint,
-        "data": {name: manifest.fingerprint for name, manifest in survey.manifests.items()},
-    }
-    if model.config is not None:
-        inputs["config"] = sha256_of(model_folder(model) / "config.json")
-    if model.init_from is not None:
-        inputs["init_from"] = verify_init_from(model_folder(model)).fingerprint
-    return inputs
+def _train_stage(
+    survey: Survey, opened: OpenedRun, processes: Processes, stop: StopRequest, console: Console
+) -> Outcome:
+    recipe = survey.loaded.recipe
+    processes.on_main(lambda: print_plan(survey, console))  # it may refuse, too
+    processes.on_main(lambda: refuse_without_space(survey, opened))
+    trackers = Accelerator(
+        cpu=processes.device.type == "cpu",
+        mixed_precision="no",
+        log_with=list(recipe.log.trackers) or None,
+        project_dir=opened.directory.path,
+    )
+    if opened.checkpoint is None:
+        processes.on_main(lambda: probe_before(survey, opened.directory))
+    limits = recipe.parallel
+    with watch(processes, limits.start_timeout, limits.step_timeout, opened.directory.path / STACKS) as watcher:
+        with _memory_explained(recipe):
+            stage = set_up(survey, opened, trackers, processes, watch=watcher, stop=stop, console=console)
+        if opened.checkpoint is not None:
+            say(console, f"going on from {opened.checkpoint.path} ({stage.ledger.tokens_seen:,} tokens seen)")
+        began, from_step = time.perf_counter(), stage.ledger.step
+        with _records_closed(stage), _memory_explained(recipe):
+            train(stage)
+    processes.on_main(lambda: probe_after(survey, opened.directory))
+    return outcome_of(survey, "trained", time.perf_counter() - began, from_step, partial(say, console))
 
 
 def _last_step(survey: Survey, checkpoint: Checkpoint | None) -> int:

@@ -16,20 +16,27 @@ class StepCounts:
     rows: int
     tokens: int
     supervised: int
+    normaliser: int  # what the loss is divided by: supervised tokens, or examples where each weighs the same
     source_rows: tuple[int, ...]  # in the order of the sources
 
 
-def counts_vector(batches: Sequence[RowBatch], sources: int) -> Tensor:
-    """int64 `[1 + sources]` of one process: supervised tokens, then the rows of each source."""
-    counts = torch.zeros(1 + sources, dtype=torch.int64)
+def counts_vector(batches: Sequence[RowBatch], sources: int, *, shared: bool = False) -> Tensor:
+    """int64 `[2 + sources]` of one process: supervised tokens, normaliser, then the rows of each source.
+
+    `shared`: another process counts these rows, and the examples in them; the tokens are this one's stretch of each.
+    """
+    counts = torch.zeros(2 + sources, dtype=torch.int64)
     for batch in batches:
         counts[0] += batch.supervised
-        counts[1:] += torch.bincount(torch.from_numpy(batch.sources), minlength=sources)
+        if not (shared and batch.examples is not None):
+            counts[1] += batch.normaliser
+        if not shared:
+            counts[2:] += torch.bincount(torch.from_numpy(batch.sources), minlength=sources)
     return counts
 
 
 def counts_from(vector: Tensor, seq_len: int) -> StepCounts:
     """The counts of a vector that was summed over processes."""
-    supervised, *source_rows = vector.tolist()
+    supervised, normaliser, *source_rows = vector.tolist()
     rows = sum(source_rows)
-    return StepCounts(rows, rows * seq_len, supervised, tuple(source_rows))
+    return StepCounts(rows, rows * seq_len, supervised, normaliser, tuple(source_rows))

@@ -22,7 +22,6 @@ from cheaptrain.errors import DivergedError, StoppedError
 from cheaptrain.parallel.mesh import data_rank
 from cheaptrain.say import say
 from cheaptrain.train.display import Display
-from cheaptrain.train.objective import OBJECTIVES
 from cheaptrain.train.randomness import seed_step
 from cheaptrain.train.samples import write_samples
 from cheaptrain.train.save import collect_save, poll_save, save
@@ -85,7 +84,7 @@ def _step(stage: Stage, batches: Sequence[RowBatch], factor: float) -> StepResul
         stage.optimizers,
         batches,
         mesh=stage.mesh,
-        objective=OBJECTIVES[stage.recipe.train.objective],
+        objective=stage.objective,
         compute=stage.compute,
         sources=len(stage.loader.order.names),
         learning_rate_factor=factor,
@@ -116,9 +115,11 @@ def _after_step(stage: Stage, display: Display, result: StepResult, seconds: flo
 
 def _step_metrics(stage: Stage, result: StepResult, seconds: float) -> dict[str, Any]:
     speed = result.counts.tokens / seconds
+    taught = result.taught
+    cross_entropy = taught.cross_entropy if taught else result.loss
     values: dict[str, Any] = {
         "train/loss": result.loss,
-        "train/perplexity": math.exp(min(result.loss, 100.0)) if math.isfinite(result.loss) else result.loss,
+        "train/perplexity": math.exp(min(cross_entropy, 100.0)) if math.isfinite(cross_entropy) else cross_entropy,
         "train/accuracy": result.accuracy,
         "train/learning_rate": result.learning_rate,
         "train/grad_norm": result.grad_norm,
@@ -129,6 +130,12 @@ def _step_metrics(stage: Stage, result: StepResult, seconds: float) -> dict[str,
         "train/step_seconds": seconds,
         **{f"data/{name}/tokens": count for name, count in sorted(stage.ledger.source_tokens.items())},
     }
+    if taught:
+        values |= {
+            "train/cross_entropy": taught.cross_entropy,
+            "kd/loss": taught.divergence,
+            "kd/agreement": taught.agreement,
+        }
     if stage.ledger.skipped_steps:
         values["train/skipped_steps"] = stage.ledger.skipped_steps
     if stage.peak_flops:

@@ -1,8 +1,11 @@
 """What a stage teaches: from a batch of rows to a sum of losses.
 
-The loop knows nothing of objectives but this: each returns sums over supervised positions, never means. Dividing is
-done once, by the count of the whole global batch, in `step.py`. With tensor parallelism the head is split by the
-vocabulary: the processes that share it compute one loss together, and all of them return the same sums.
+The loop knows nothing of objectives but this: each returns sums over supervised positions, weighted as the batch says,
+never means. Dividing is done once, by the weight of the whole global batch, in `step.py`. What an assistant says is
+learnt as any next token: which labels there are is a matter of the rows. With a teacher: `distillation.py`.
+
+With tensor parallelism the head is split by the vocabulary: the processes that share it compute one loss together, and
+all of them return the same sums.
 """
 
 import math
@@ -26,6 +29,7 @@ from cheaptrain.data.rows import RowBatch
 from cheaptrain.model.attention import attention_inputs
 from cheaptrain.model.context import Context
 from cheaptrain.model.parts import decoder, head
+from cheaptrain.train.neftune import noisy
 
 _ROW_MULTIPLE = 64  # of rows that are not a batch: few lengths, and so few shapes
 
@@ -39,10 +43,20 @@ class Compute:
     document_mask: bool
     loss_chunk_tokens: int
     context: Context | None = None  # None: every process has its rows whole
+    neftune_alpha: float = 0.0  # noise on the embeddings of a model in training; 0: none
 
     def autocast(self) -> torch.autocast:
         """bf16 compute over fp32 weights, or nothing at all in fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+class Taught(NamedTuple):
+    """Sums over supervised positions when there is a teacher: the divergence from it, the student's cross-entropy
+    (both as the loss has them weighted), and where the likeliest token of both is the same."""
+
+    divergence: Tensor
+    cross_entropy: Tensor
+    agreed: Tensor
 
 
 class Sums(NamedTuple):
@@ -51,6 +65,7 @@ class Sums(NamedTuple):
 
     loss: Tensor
     correct: Tensor
+    taught: Taught | None = None
 
 
 Objective = Callable[[PreTrainedModel, RowBatch, Compute], Sums]
@@ -60,14 +75,26 @@ def next_token(model: PreTrainedModel, batch: RowBatch, compute: Compute) -> Sum
     """Cross-entropy of every supervised next token, in nats, summed."""
     with compute.autocast():
         hidden = hidden_states(model, batch, compute).flatten(0, 1)
-        weight, labels = head(model).weight, batch.labels.flatten()
+        weight, labels, weights = head(model).weight, batch.labels.flatten(), flat_weights(batch)
         if isinstance(weight, DTensor):
             loss, correct = vocab_parallel_linear_cross_entropy(
-                hidden, weight.to_local(), labels, chunk_tokens=compute.loss_chunk_tokens, **_of_vocabulary(weight)
+                hidden,
+                weight.to_local(),
+                labels,
+                weights=weights,
+                chunk_tokens=compute.loss_chunk_tokens,
+                **_of_vocabulary(weight),
             )
         else:
-            loss, correct = linear_cross_entropy(hidden, weight, labels, chunk_tokens=compute.loss_chunk_tokens)
+            loss, correct = linear_cross_entropy(
+                hidden, weight, labels, weights=weights, chunk_tokens=compute.loss_chunk_tokens
+            )
     return Sums(loss, correct)
+
+
+def flat_weights(batch: RowBatch) -> Tensor | None:
+    """The weights of a batch as the fused losses take them: `[rows * seq]`."""
+    return None if batch.weights is None else batch.weights.flatten()
 
 
 def losses_of_tokens(model: PreTrainedModel, batch: RowBatch, compute: Compute) -> Tensor:
@@ -87,8 +114,12 @@ def hidden_states(model: PreTrainedModel, batch: RowBatch, compute: Compute) -> 
 
     With tensor parallelism every process of the `tp` axis gets all of them, and gives back its part of their gradient.
     """
+    given = {"input_ids": batch.input_ids}
+    if compute.neftune_alpha and model.training:
+        embeddings = model.get_input_embeddings()(batch.input_ids)
+        given = {"inputs_embeds": noisy(embeddings, batch, compute.neftune_alpha, compute.context)}
     output = decoder(model)(
-        input_ids=batch.input_ids,
+        **given,
         position_ids=batch.position_ids,
         **attention_inputs(batch.document_ids, compute.document_mask, compute.device, context=compute.context),
     )
@@ -125,4 +156,4 @@ def _of_vocabulary(weight: DTensor) -> dict[str, Any]:
     return {"vocab": weight.shape[0], "group": weight.device_mesh.get_group()}
 
 
-OBJECTIVES: dict[str, Objective] = {"next_token": next_token}
+OBJECTIVES: dict[str, Objective] = {"next_token": next_token, "assistant_only": next_token}

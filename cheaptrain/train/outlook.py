@@ -13,7 +13,8 @@ from pathlib import Path
 from huggingface_hub import constants as hub_constants
 
 from cheaptrain.data.manifest import Manifest, load_manifest
-from cheaptrain.data.tokenizer import TextTokenizer, load_tokenizer
+from cheaptrain.data.open import source_facts
+from cheaptrain.data.tokenizer import TextTokenizer, load_tokenizer, with_template
 from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.model.config import checkpoint_config
 from cheaptrain.model.facts import model_facts
@@ -23,7 +24,7 @@ from cheaptrain.recipe.load import LoadedRecipe
 from cheaptrain.recipe.resolve import Resolved, resolve
 from cheaptrain.recipe.schema import Model, Recipe
 from cheaptrain.recipe.shares import overread_sources, shares_of_run, weighted
-from cheaptrain.train.survey import Survey, origin, written_by
+from cheaptrain.train.survey import Survey, origin, teacher_origin, written_by
 
 # Vocabularies that presets were published with, by the beginning of their names: for a tokenizer that is not here yet.
 _PUBLISHED_VOCABULARY = {
@@ -53,6 +54,7 @@ class Outlook:
     resolved: Resolved | None
     world_size: int
     open_questions: tuple[str, ...] = ()
+    teacher: Model | None = None  # where its shape comes from, if there is one and it is known
 
     @property
     def recipe(self) -> Recipe:
@@ -72,6 +74,7 @@ def outlook_of(survey: Survey) -> Outlook:
         batch=resolve_batch(recipe, resolved.world_size),
         resolved=resolved,
         world_size=resolved.world_size,
+        teacher=survey.teacher,
     )
 
 
@@ -85,25 +88,59 @@ def survey_leniently(loaded: LoadedRecipe, world_size: int, earlier: Sequence[Ou
         tokenizer = _tokenizer(recipe, earlier, gaps)
         model = origin(recipe.model, tokenizer, earlier)
         vocab_size = tokenizer.size if tokenizer else _vocabulary(recipe, model, earlier, gaps)
-        facts = _facts(model, vocab_size, recipe.data.seq_len, gaps)
+        facts = _facts(recipe, model, vocab_size, gaps)
         manifests = _manifests(recipe, tokenizer)
+        teacher = _teacher(recipe, tokenizer, earlier, gaps)
     batch = resolve_batch(recipe, world_size, loaded.provenance)
     resolved = _resolved(loaded, world_size, manifests, facts, gaps)
     return Outlook(
-        loaded, model, tokenizer, vocab_size, manifests, facts, batch, resolved, world_size, tuple(gaps)
+        loaded, model, tokenizer, vocab_size, manifests, facts, batch, resolved, world_size, tuple(gaps), teacher
     )  # fmt: skip
+
+
+def unprepared(recipe: Recipe) -> list[str]:
+    """What of a recipe is not prepared on this machine, a sentence each. Reads only, and without network."""
+    missing = []
+    with _no_network():
+        try:
+            tokenizer = load_tokenizer(recipe.tokenizer, recipe.data, recipe.chat)
+        except (PreflightError, RecipeError) as error:
+            return [str(error)]
+        for source in weighted(recipe):
+            try:
+                load_manifest(recipe.data, source, tokenizer)
+            except (PreflightError, RecipeError) as error:
+                missing.append(str(error))
+    return missing
 
 
 def _tokenizer(recipe: Recipe, earlier: Sequence[Outlook], gaps: list[str]) -> TextTokenizer | None:
     if (before := written_by(recipe.tokenizer.path, earlier)) and not Path(str(recipe.tokenizer.path)).exists():
-        return before.tokenizer
+        if before.tokenizer is None or recipe.chat is None:
+            return before.tokenizer
+        return with_template(before.tokenizer, recipe.chat)
     try:
-        return load_tokenizer(recipe.tokenizer, recipe.data)
+        return load_tokenizer(recipe.tokenizer, recipe.data, recipe.chat)
     except PreflightError:
         if recipe.tokenizer.path is not None and Path(recipe.tokenizer.path).is_dir():
             raise  # it is here and broken: preparing will not mend it
     what = f"tokenizer {recipe.tokenizer.path}" if recipe.tokenizer.path else "the tokenizer of [tokenizer.train]"
     gaps.append(f"{what} is not on this machine yet")
+    return None
+
+
+def _teacher(
+    recipe: Recipe, tokenizer: TextTokenizer | None, earlier: Sequence[Outlook], gaps: list[str]
+) -> Model | None:
+    try:
+        return teacher_origin(recipe.distill, tokenizer, earlier)
+    except (PreflightError, RecipeError):
+        where = recipe.distill.teacher if recipe.distill else ""
+        if Path(where).expanduser().exists():
+            raise  # it is here and does not fit
+        if recipe.distill and recipe.distill.cache:
+            return None  # nor needs it be
+    gaps.append(f"teacher {where} is not on this machine yet: its memory and time are left out")
     return None
 
 
@@ -122,12 +159,12 @@ def _vocabulary(recipe: Recipe, model: Model, earlier: Sequence[Outlook], gaps: 
     return None
 
 
-def _facts(model: Model, vocab_size: int | None, seq_len: int, gaps: list[str]) -> ModelFacts | None:
+def _facts(recipe: Recipe, model: Model, vocab_size: int | None, gaps: list[str]) -> ModelFacts | None:
     if vocab_size is None:
         gaps.append("without a tokenizer the size of the model is not known")
         return None
     try:
-        return model_facts(model, vocab_size=vocab_size, seq_len=seq_len)
+        return model_facts(model, vocab_size=vocab_size, seq_len=recipe.data.seq_len, lora=recipe.lora)
     except RecipeError:
         where = model.config or model.init_from
         if where is None or Path(where).exists() or where.count("/") > 1 or where.startswith((".", "/", "~")):
@@ -152,7 +189,7 @@ def _resolved(
 ) -> Resolved | None:
     """Resolve with what is there. Epochs of what is prepared are checked even while another source is missing."""
     recipe = loaded.recipe
-    sources = {name: manifest.facts() for name, manifest in manifests.items()}
+    sources = {name: source_facts(manifest, recipe.data.seq_len) for name, manifest in manifests.items()}
     complete = all(source.name in sources for source in weighted(recipe))
     try:
         resolved = resolve(recipe, world_size, sources if complete else None, facts, loaded.provenance)

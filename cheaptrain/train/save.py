@@ -10,10 +10,12 @@ import time
 from functools import partial
 from typing import Any
 
-from cheaptrain.checkpoint.load import saved_tensors
+from cheaptrain.checkpoint.load import ADAPTER, saved_tensors
 from cheaptrain.checkpoint.state import optimizer_tensors
 from cheaptrain.checkpoint.write import CheckpointParts
 from cheaptrain.errors import CheaptrainError
+from cheaptrain.model.lora import adapters
+from cheaptrain.model.twin import plain_twin
 from cheaptrain.say import say
 from cheaptrain.train.saving import allowed_difference, live_logits, prove_saved
 from cheaptrain.train.stage import Stage
@@ -89,15 +91,22 @@ def _parts(stage: Stage, final: bool) -> CheckpointParts:
     form = stage.saving.form
     stage.watch.beat("starting a checkpoint", stage.ledger.step)
     logits = live_logits(stage.root, stage.proof_ids, stage.compute, stage.processes)
-    weights = saved_tensors(stage.model)  # after the forward pass: it makes parameters their shards again
+    trained = adapters(stage.model)
+    # After the forward pass: it makes parameters their shards again.
+    weights = saved_tensors(plain_twin(stage.model) if trained else stage.model)
     names = {parameter: name for name, parameter in stage.model.named_parameters()}
     tensors, scalars = optimizer_tensors(stage.optimizers, names)
+    tensors |= {f"{ADAPTER}{name}": tensor for name, tensor in trained.items()}
     with_state = not final or stage.recipe.checkpoint.state_in_final
     return CheckpointParts(
         weights=weights,
         files=form.files if form else {},
         prove=partial(
-            prove_saved, form, logits, stage.proof_ids.cpu(), allowed_difference(stage.processes, stage.compute)
+            prove_saved,
+            form,
+            logits,
+            stage.proof_ids.cpu(),
+            allowed_difference(stage.processes, stage.compute, merged=bool(trained)),
         ),
         recipe=stage.saved_recipe,
         tokens_seen=stage.ledger.tokens_seen,

@@ -17,6 +17,8 @@ from cheaptrain.checkpoint.saver import Saver
 from cheaptrain.checkpoint.write import ProofFailed
 from cheaptrain.data.tokenizer import TextTokenizer, load_tokenizer
 from cheaptrain.errors import CheaptrainError, PreflightError
+from cheaptrain.model.build import meta_model
+from cheaptrain.model.lora import adapters
 from cheaptrain.model.streamed import SavedForm, saved_form, streamed_logits
 from cheaptrain.model.twin import plain_twin
 from cheaptrain.parallel.processes import Processes
@@ -70,13 +72,14 @@ def prove_saved(form: SavedForm | None, live: Tensor, ids: Tensor, allowed: floa
     return {"max_abs_difference": difference, "tokens": ids.numel()}
 
 
-def allowed_difference(processes: Processes, compute: Compute) -> float:
+def allowed_difference(processes: Processes, compute: Compute, *, merged: bool = False) -> float:
     """How far logits from the files may be from the live ones, relative to the largest.
 
     Not at all on one CPU process, where both are the same operations. A GPU rounds otherwise (5e-3: TF32), several
-    processes add up in another order, and layers gathered in bf16 compute in it.
+    processes add up in another order, and layers gathered in bf16 compute in it. `merged` adapters are another order of
+    adding up as well: the live model computes W x + B A x, the files have W + B A.
     """
-    if processes.size == 1:
+    if processes.size == 1 and not merged:
         return 0.0 if compute.device.type == "cpu" else 5e-3
     if compute.dtype != torch.float32:
         return 5e-2
@@ -86,7 +89,7 @@ def allowed_difference(processes: Processes, compute: Compute) -> float:
 @torch.no_grad()
 def live_logits(root: Root, ids: Tensor, compute: Compute, processes: Processes) -> Tensor:
     """fp32 logits `[1, seq, vocab]` of `ids` `[1, seq]` from the live model, on the CPU. Collective."""
-    if processes.size == 1:
+    if processes.size == 1 and not adapters(root.model):
         alone: Tensor = plain_twin(root.model)(ids, use_cache=False).logits
         return alone.float().cpu()
     was_training = root.training
@@ -107,4 +110,7 @@ def _form(model: PreTrainedModel, tokenizer: TextTokenizer, recipe: Recipe) -> S
         if again.fingerprint != tokenizer.fingerprint:
             raise PreflightError("tokenizer: saved and loaded again it is another one, so no checkpoint could carry it")
 
+    if adapters(model):  # the form is that of the model's own class, without them
+        adapted, model = model, meta_model(model.config)
+        model.generation_config = adapted.generation_config
     return saved_form(model, write_tokenizer)

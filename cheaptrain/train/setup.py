@@ -23,12 +23,16 @@ from cheaptrain.checkpoint.jsonl import JsonLines
 from cheaptrain.checkpoint.load import load_state_into
 from cheaptrain.checkpoint.rundir import OpenedRun
 from cheaptrain.data.loader import Loader, validation_batches
-from cheaptrain.data.open import open_stream
+from cheaptrain.data.open import open_held_out, open_rows
 from cheaptrain.data.rows import RowBatch
+from cheaptrain.durable import fingerprint
 from cheaptrain.errors import PreflightError
 from cheaptrain.hardware import find_gpu, visible_cores
 from cheaptrain.model.build import build_model
+from cheaptrain.model.config import vocabulary_growth
 from cheaptrain.model.context import Context
+from cheaptrain.model.facts import model_facts
+from cheaptrain.model.lora import adapters, add_adapters
 from cheaptrain.model.proof import prove_documents_isolated, prove_head
 from cheaptrain.parallel.mesh import data_rank, make_mesh
 from cheaptrain.parallel.parallelize import parallelize
@@ -38,15 +42,18 @@ from cheaptrain.recipe.layout import Layout
 from cheaptrain.recipe.schema import Model
 from cheaptrain.say import say
 from cheaptrain.train.alike import refuse_other_beginnings
+from cheaptrain.train.cached_teacher import CachedTeacher, cache_of
+from cheaptrain.train.distillation import Distillation, distillation_loss
 from cheaptrain.train.ledger import Ledger
 from cheaptrain.train.metrics import Metrics, Unwritten, start_trackers
-from cheaptrain.train.objective import Compute
+from cheaptrain.train.objective import OBJECTIVES, Compute, Objective
 from cheaptrain.train.optim import build_optimizers
 from cheaptrain.train.saving import begin_saving
 from cheaptrain.train.signals import StopRequest
 from cheaptrain.train.space import checkpoint_bytes, checkpoints_at_once
 from cheaptrain.train.stage import Stage
 from cheaptrain.train.survey import Survey, mixture_order
+from cheaptrain.train.teacher import load_teacher, refuse_top_k
 from cheaptrain.units import size
 
 PROOF_TOKENS = 256
@@ -67,24 +74,36 @@ def set_up(
     recipe, resolved, run = survey.loaded.recipe, survey.resolved, opened.directory
     report = partial(say, console)
     mesh = make_mesh(resolved.layout, processes.device.type)
-    compute = _compute(survey, processes, mesh)
+    compute = compute_of(survey, processes, mesh)
     watch.beat("building the model", 0)
+    if opened.checkpoint is None and (growth := vocabulary_growth(recipe.model, survey.tokenizer.size)):
+        report(str(growth))
+        if recipe.lora is not None:
+            raise PreflightError(
+                "[lora] trains no embedding, and all tokens that are new to the model would stay alike: train without "
+                "[lora], or take a chat.template whose markers the model's tokenizer has"
+            )
     model = _model(survey, opened, processes)
     refuse_other_beginnings(survey, model, processes)
     processes.on_main(lambda: _prove(model, survey, compute))
+    asked = recipe.train.compile
+    compiled = asked == "layers" or (asked == "auto" and compute.device.type == "cuda" and recipe.lora is None)
+    if recipe.lora is not None:
+        trained = add_adapters(model, recipe.lora, recipe.seed)
+        report(f"adapters of rank {recipe.lora.rank}: {trained:,} numbers train, the model's own are as they were")
     root = parallelize(
         model,
         mesh,
         dtype=compute.dtype,
         recompute=recipe.train.activation_checkpointing,
-        compile_layers=recipe.train.compile == "layers"
-        or (recipe.train.compile == "auto" and compute.device.type == "cuda"),
+        compile_layers=compiled,
     )
+    objective = _objective(survey, model.config.vocab_size, mesh, processes, compute, watch, compile_layers=compiled)
     optimizers = build_optimizers(model, recipe.train)
     scalars: dict[str, Any] = {}
     if opened.checkpoint is not None:
         watch.beat("reading the checkpoint", 0)
-        scalars = load_state_into(opened.checkpoint, model, optimizers, processes)
+        scalars = load_state_into(opened.checkpoint, model, optimizers, processes, adapters(model) or None)
     ledger = Ledger.from_json(scalars["ledger"]) if scalars else Ledger()
     if (entry := ledger.begin(resolved)) and ledger.step:
         report(
@@ -130,6 +149,7 @@ def set_up(
         tokenizer=survey.tokenizer,
         optimizers=optimizers,
         compute=compute,
+        objective=objective,
         loader=loader,
         validation=_validation(survey, mesh),
         token_bytes=token_bytes.to(compute.device),
@@ -140,7 +160,7 @@ def set_up(
         saving=begin_saving(run, processes, recipe, resolved, model, survey.tokenizer),
         stop=stop,
         console=console,
-        flops_per_token=survey.facts.flops_per_token,
+        flops_per_token=_flops_per_token(survey),
         peak_flops=_peak(compute.device),
         checkpoint_bytes=checkpoint_bytes(survey.facts, recipe.train),
     )
@@ -164,7 +184,8 @@ def refuse_without_space(survey: Survey, opened: OpenedRun) -> None:
         )
 
 
-def _compute(survey: Survey, processes: Processes, mesh: DeviceMesh) -> Compute:
+def compute_of(survey: Survey, processes: Processes, mesh: DeviceMesh) -> Compute:
+    """How the forward passes of a recipe are run on this process, whose threads are set for it."""
     recipe, device = survey.loaded.recipe, processes.device
     if device.type == "cpu":
         # `accelerate launch` leaves each process one thread unless told otherwise, which halves the speed of a laptop.
@@ -181,13 +202,15 @@ def _compute(survey: Survey, processes: Processes, mesh: DeviceMesh) -> Compute:
         document_mask=recipe.data.document_mask,
         loss_chunk_tokens=recipe.train.loss_chunk_tokens,
         context=Context.of(mesh["cp"].get_group()),
+        neftune_alpha=recipe.train.neftune_alpha,
     )
 
 
 def _model(survey: Survey, opened: OpenedRun, processes: Processes) -> PreTrainedModel:
     recipe, tokenizer = survey.loaded.recipe, survey.tokenizer
     spec = recipe.model
-    if opened.checkpoint is not None:
+    # Adapters go on beside the weights they began with; the checkpoint's have them merged.
+    if opened.checkpoint is not None and recipe.lora is None:
         spec = Model(init_from=str(opened.checkpoint.path), vocab_multiple=recipe.model.vocab_multiple)
     return build_model(
         spec,
@@ -196,6 +219,7 @@ def _model(survey: Survey, opened: OpenedRun, processes: Processes) -> PreTraine
         seed=recipe.seed,
         eot_id=tokenizer.eot_id,
         bos_id=tokenizer.bos_id,
+        end_of_turn_id=tokenizer.end_of_turn_id,
         # One of many takes its share of the weights from memory that no GPU has to have.
         device=processes.device if processes.size == 1 else "cpu",
     )
@@ -209,18 +233,56 @@ def _prove(model: PreTrainedModel, survey: Survey, compute: Compute) -> None:
     prove_documents_isolated(model, document_mask=masked, seed=recipe.seed, dtype=compute.dtype)
 
 
+def _objective(
+    survey: Survey,
+    head_rows: int,
+    mesh: DeviceMesh,
+    processes: Processes,
+    compute: Compute,
+    watch: Watch,
+    *,
+    compile_layers: bool,
+) -> Objective:
+    recipe, vocab = survey.loaded.recipe, survey.tokenizer.size
+    if recipe.distill is None:
+        return OBJECTIVES[recipe.train.objective]
+    loss = distillation_loss(recipe.distill)
+    if recipe.distill.cache is not None:
+        watch.beat("verifying the cached teacher", 0)
+        refuse_top_k(recipe.distill, mesh["tp"].size())
+        cache = cache_of(survey)
+        processes.on_main(cache.verify)
+        if len(set(processes.all_of(fingerprint(dict(cache.files))))) > 1:
+            raise PreflightError(f"{cache.folder} is not the same on all machines: keep it where all of them see it")
+        return Distillation(CachedTeacher(cache, compute.context).says, loss, vocab)
+    watch.beat("loading the teacher", 0)
+    teacher = load_teacher(
+        recipe.distill,
+        vocab_size=vocab,
+        head_rows=head_rows,
+        seq_len=recipe.data.seq_len,
+        mesh=mesh,
+        processes=processes,
+        compute=compute,
+        compile_layers=compile_layers,
+    )
+    return Distillation(teacher.says, loss, vocab)
+
+
 def _loader(survey: Survey, mesh: DeviceMesh) -> Loader:
     recipe, resolved = survey.loaded.recipe, survey.resolved
     order = mixture_order(recipe, survey.sources)
     return Loader(
         order=order,
-        streams=[open_stream(survey.manifests[name], "train") for name in order.names],
-        seq_len=resolved.seq_len,
+        sources=[
+            open_rows(survey.manifests[name], recipe.data, recipe.seed, recipe.train.assistant_only)
+            for name in order.names
+        ],
         rows_per_step=resolved.rows_per_step,
         micro_batch_size=resolved.micro_batch_size,
         data_rank=data_rank(mesh),
         data_parallel=resolved.layout.data_parallel,
-        document_mask=recipe.data.document_mask,
+        by_example=recipe.train.loss_weighting == "example",
     )
 
 
@@ -238,21 +300,20 @@ def _validation(survey: Survey, mesh: DeviceMesh) -> dict[str, list[RowBatch]]:
     context = Context.of(mesh["cp"].get_group())
     batches = {}
     for name, manifest in survey.manifests.items():
-        if manifest.facts().val_tokens < 2:
-            continue
-        held_out = validation_batches(
-            open_stream(manifest, "val"),
-            resolved.seq_len,
-            resolved.micro_batch_size,
-            recipe.validation.tokens,
-            recipe.data.document_mask,
-            data_rank(mesh),
-            resolved.layout.data_parallel,
-        )
+        rows = open_held_out(manifest, recipe.data, recipe.validation.tokens, recipe.train.assistant_only)
+        held_out = validation_batches(rows, resolved.micro_batch_size, data_rank(mesh), resolved.layout.data_parallel)
         share = [batch.share(context.rank, context.size) if context else batch for batch in held_out]
         if share:
             batches[name] = share
     return batches
+
+
+def _flops_per_token(survey: Survey) -> float:
+    """Of training, and of a teacher's forward pass: a third of what training it would take."""
+    if survey.teacher is None:
+        return survey.facts.flops_per_token
+    teacher = model_facts(survey.teacher, vocab_size=survey.tokenizer.size, seq_len=survey.resolved.seq_len)
+    return survey.facts.flops_per_token + teacher.flops_per_token / 3
 
 
 def _peak(device: torch.device) -> float | None:

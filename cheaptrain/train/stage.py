@@ -21,7 +21,7 @@ from cheaptrain.recipe.resolve import Resolved
 from cheaptrain.recipe.schema import Recipe
 from cheaptrain.train.ledger import Ledger
 from cheaptrain.train.metrics import Metrics, Unwritten
-from cheaptrain.train.objective import Compute
+from cheaptrain.train.objective import Compute, Objective
 from cheaptrain.train.saving import Saving
 from cheaptrain.train.signals import StopRequest
 
@@ -45,6 +45,7 @@ class Stage:
     tokenizer: TextTokenizer
     optimizers: list[Optimizer]
     compute: Compute
+    objective: Objective
     loader: Loader  # of this process's rows
     validation: dict[str, list[RowBatch]]  # by source, this process's share
     token_bytes: Tensor  # [vocab], on the device

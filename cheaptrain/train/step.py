@@ -1,10 +1,11 @@
 """One optimizer step, accumulated over micro-batches and summed over processes.
 
-The loss is the sum over supervised tokens divided by the supervised tokens of the *whole* global batch. The count is
-taken over all processes before the first backward, so neither accumulation nor their number changes more than the order
-of additions, and a micro-batch without a supervised token adds nothing instead of 0/0. Nothing reaches the weights
-before loss and gradients are known to be finite on every process. What the processes have to agree on after the
-backward pass (the sums, whether all is finite, whether somebody was asked to stop) travels in one message.
+The loss is the sum over supervised tokens divided by the supervised tokens of the *whole* global batch (by its
+examples, where each weighs the same). The count is taken over all processes before the first backward, so neither
+accumulation nor their number changes more than the order of additions, and a micro-batch without a supervised token
+adds nothing instead of 0/0. Nothing reaches the weights before loss and gradients are known to be finite on every
+process. What the processes have to agree on after the backward pass (the sums, whether all is finite, whether somebody
+was asked to stop) travels in one message.
 """
 
 import math
@@ -21,14 +22,24 @@ from cheaptrain.parallel.clip import clip_grad_norm
 from cheaptrain.parallel.root import Root, last_micro_batch
 from cheaptrain.parallel.vectors import sum_vector_gradients
 from cheaptrain.train.counts import StepCounts, counts_from, counts_vector
-from cheaptrain.train.objective import Compute, Objective
+from cheaptrain.train.objective import Compute, Objective, Taught
 from cheaptrain.train.optim import set_learning_rate
 
 
 @dataclass(frozen=True)
+class MeansTaught:
+    """What a teacher adds to a step's result, as means."""
+
+    divergence: float
+    cross_entropy: float
+    agreement: float
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """What one step did, over all processes. `loss` is nats a supervised token; `applied` is False when the step was
-    not finite; `stop`: a process was asked to stop."""
+    """What one step did, over all processes. `loss` is what was minimised, in nats a supervised token (or example);
+    `applied` is False when the step was not finite; `stop`: a process was asked to stop. With a teacher: the divergence
+    from it, the student's cross-entropy, and the share of tokens that both find likeliest."""
 
     loss: float
     accuracy: float
@@ -37,6 +48,7 @@ class StepResult:
     counts: StepCounts
     applied: bool
     stop: bool
+    taught: MeansTaught | None = None
 
 
 def train_step(
@@ -59,30 +71,34 @@ def train_step(
     step is. All processes call it together.
     """
     device = compute.device
-    counted = counts_vector(batches, sources).to(device)
+    # The rows are counted by the first of those that share them.
+    counted = counts_vector(batches, sources, shared=mesh["cp"].get_local_rank() > 0).to(device)
     speaks = mesh["tp"].get_local_rank() == 0  # the processes of the tp axis have the same tokens: one counts
-    if mesh["cp"].get_local_rank() > 0:
-        counted[1:] = 0  # the rows are counted by the first of those that share them
     _sum_over_processes(counted.mul_(speaks), mesh)
-    supervised = counted[0].clamp_min(1)
+    normaliser = counted[1].clamp_min(1)
 
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
+    taught = torch.zeros(len(Taught._fields), dtype=torch.float64, device=device)
+    has_teacher = False
     for number, batch in enumerate(batches, 1):
         last_micro_batch(root, number == len(batches))
         sums = root(objective, batch.to(device), compute)
-        (sums.loss / supervised).backward()
+        (sums.loss / normaliser).backward()
         loss += sums.loss.detach()
         correct += sums.correct
+        if sums.taught is not None:
+            taught += torch.stack([each.double() for each in sums.taught])
+            has_teacher = True
         beat(f"micro-batch {number} of {len(batches)}")
 
     sum_vector_gradients(root, mesh)
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     norm = clip_grad_norm(parameters, grad_clip)
-    totals = torch.stack([loss.double(), correct.double()]).mul_(speaks)
+    totals = torch.cat([torch.stack([loss.double(), correct.double()]), taught]).mul_(speaks)
     flags = torch.stack([(~torch.isfinite(norm)).double(), torch.tensor(float(stop), device=device).double()])
     totals = _sum_over_processes(torch.cat([totals, flags]), mesh)
-    loss_sum, right, not_finite, stops = totals.tolist()
+    loss_sum, right, divergence, cross_entropy, agreed, not_finite, stops = totals.tolist()
     counts = counts_from(counted, batches[0].document_ids.shape[1])
     applied = math.isfinite(loss_sum) and not_finite == 0
     rate = set_learning_rate(optimizers, learning_rate_factor)
@@ -92,14 +108,16 @@ def train_step(
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     beat("optimizer step")
+    by, tokens = max(1, counts.normaliser), max(1, counts.supervised)
     return StepResult(
-        loss=loss_sum / max(1, counts.supervised),
-        accuracy=right / max(1, counts.supervised),
+        loss=loss_sum / by,
+        accuracy=right / tokens,
         grad_norm=norm.item(),
         learning_rate=rate,
         counts=counts,
         applied=applied,
         stop=stops > 0,
+        taught=MeansTaught(divergence / by, cross_entropy / by, agreed / tokens) if has_teacher else None,
     )
 
 

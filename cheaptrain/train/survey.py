@@ -13,17 +13,21 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 
 from cheaptrain.data.manifest import Manifest, load_manifest
+from cheaptrain.data.open import source_facts
 from cheaptrain.data.order import MixtureOrder
-from cheaptrain.data.tokenizer import TextTokenizer, load_tokenizer
+from cheaptrain.data.same_tokenizer import refuse_other_tokenizer, vocabulary_in
+from cheaptrain.data.tokenizer import TextTokenizer, extends, load_tokenizer
 from cheaptrain.errors import PreflightError, RecipeError
-from cheaptrain.model.config import model_config
+from cheaptrain.model.config import model_config, vocabulary_growth
 from cheaptrain.model.facts import model_facts
 from cheaptrain.model.hub import model_folder
 from cheaptrain.recipe.length import Done, ModelFacts
 from cheaptrain.recipe.load import LoadedRecipe
+from cheaptrain.recipe.parents import parents, teacher_model, written_in
 from cheaptrain.recipe.resolve import Resolved, resolve
-from cheaptrain.recipe.schema import Model, Recipe
+from cheaptrain.recipe.schema import Distill, Model, Recipe
 from cheaptrain.recipe.shares import SourceFacts, shares_of_run, weighted
+from cheaptrain.train.teacher import speaking_of_the_teacher
 
 
 @dataclass(frozen=True)
@@ -33,29 +37,41 @@ class Survey:
     loaded: LoadedRecipe
     tokenizer: TextTokenizer
     manifests: dict[str, Manifest]
+    sources: dict[str, SourceFacts]  # of each source that is read
     facts: ModelFacts
     resolved: Resolved
     config: PreTrainedConfig  # of the model as it starts
+    teacher: Model | None = None  # where the shape of the teacher comes from, if one is loaded
 
     @property
     def positions(self) -> int:
         """That the model can read."""
         return getattr(self.config, "max_position_embeddings", None) or self.loaded.recipe.data.seq_len
 
-    @property
-    def sources(self) -> dict[str, SourceFacts]:
-        """The facts of each source that is read."""
-        return {name: manifest.facts() for name, manifest in self.manifests.items()}
-
 
 def survey_all(
     recipes: Sequence[LoadedRecipe], world_size: int, done: Callable[[LoadedRecipe], Done | None] = lambda loaded: None
 ) -> list[Survey]:
     """Survey recipes that run one after the other; a stage may start from what an earlier one will write. `done` says
-    what each has behind it."""
+    what each has behind it. Raises, as `survey` does, with what is wrong with any of them."""
+    behind = [done(loaded) for loaded in recipes]  # all of them first: what is found here may differ on other machines
     surveys: list[Survey] = []
-    for loaded in recipes:
-        surveys.append(survey(loaded, world_size, surveys, done(loaded)))
+    failed: list[LoadedRecipe] = []
+    problems: list[RecipeError | PreflightError] = []
+    for loaded, what in zip(recipes, behind, strict=True):
+        coming = [str(model.init_from) for model in parents(loaded.recipe).values()]
+        if any(written_in(path, other) and not Path(path).exists() for path in coming for other in failed):
+            failed.append(loaded)  # nothing can be said of it until the other is right
+            continue
+        try:
+            surveys.append(survey(loaded, world_size, surveys, what))
+        except (RecipeError, PreflightError) as error:
+            said = str(error)
+            kind = RecipeError if isinstance(error, RecipeError) else PreflightError
+            problems.append(kind(said if str(loaded.path) in said else f"{loaded.path}: {said}"))
+            failed.append(loaded)
+    if problems:
+        raise type(problems[0])("\n".join(map(str, problems)))
     return surveys
 
 
@@ -66,14 +82,16 @@ def survey(loaded: LoadedRecipe, world_size: int, earlier: Sequence[Survey] = ()
     change; RecipeError when the numbers do not add up.
     """
     recipe = loaded.recipe
-    tokenizer = load_tokenizer(recipe.tokenizer, recipe.data)
+    tokenizer = load_tokenizer(recipe.tokenizer, recipe.data, recipe.chat)
     manifests = {source.name: load_manifest(recipe.data, source, tokenizer) for source in weighted(recipe)}
     model = origin(recipe.model, tokenizer, earlier)
-    facts = model_facts(model, vocab_size=tokenizer.size, seq_len=recipe.data.seq_len)
-    sources = {name: manifest.facts() for name, manifest in manifests.items()}
+    facts = model_facts(model, vocab_size=tokenizer.size, seq_len=recipe.data.seq_len, lora=recipe.lora)
+    sources = {name: source_facts(manifest, recipe.data.seq_len) for name, manifest in manifests.items()}
     resolved = resolve(recipe, world_size, sources, facts, loaded.provenance, done)
     config = model_config(model, vocab_size=tokenizer.size, seq_len=recipe.data.seq_len)
-    return Survey(loaded, tokenizer, manifests, facts, resolved, config)
+    from_cache = recipe.distill is not None and recipe.distill.cache is not None
+    teacher = None if from_cache else teacher_origin(recipe.distill, tokenizer, earlier)
+    return Survey(loaded, tokenizer, manifests, sources, facts, resolved, config, teacher)
 
 
 def going_on(surveyed: Survey, done: Done | None) -> Survey:
@@ -85,7 +103,7 @@ def going_on(surveyed: Survey, done: Done | None) -> Survey:
 
 def mixture_order(recipe: Recipe, sources: Mapping[str, SourceFacts]) -> MixtureOrder:
     """The order in which the rows of the sources are read."""
-    weights = {share.name: share.share for share in shares_of_run(recipe, 0) if share.share > 0}
+    weights = {share.name: share.share for share in shares_of_run(recipe, 0, sources) if share.share}
     rows = {name: sources[name].rows(recipe.data.seq_len) for name in weights}
     return MixtureOrder(recipe.seed, weights, rows)
 
@@ -110,15 +128,40 @@ def origin(model: Model, tokenizer: TextTokenizer | None, earlier: Sequence[Plan
     before = written_by(model.init_from, earlier)
     if before is None:
         return model
-    if tokenizer and before.tokenizer and before.tokenizer.fingerprint != tokenizer.fingerprint:
+    if tokenizer and before.tokenizer and not extends(tokenizer, before.tokenizer):
         raise RecipeError(
             f"model.init_from = {model.init_from!r} will be trained with another tokenizer ({before.loaded.path}) than "
-            "this recipe uses; both must have the same [tokenizer]"
+            "this recipe uses; both must have the same [tokenizer], or this one special tokens added to it"
         )
     if model.init_from is not None and Path(model.init_from).exists():
         return model
     first = origin(before.loaded.recipe.model, before.tokenizer, earlier)
     return first.model_copy(update={"overrides": {**first.overrides, **model.overrides}})
+
+
+def teacher_origin(
+    distill: Distill | None, tokenizer: TextTokenizer | None, earlier: Sequence[Planned]
+) -> Model | None:
+    """The teacher's model to take the facts from: an earlier stage's own when its checkpoint does not exist yet. None:
+    no teacher.
+
+    Raises PreflightError when it is not here, or does not mean the same by each id of the tokenizer.
+    """
+    if distill is None:
+        return None
+    if distill.tokenizers == "align":
+        raise RecipeError(
+            'distill.tokenizers = "align" cannot be had: leave it out, and take a teacher with this recipe\'s tokenizer'
+        )
+    model = teacher_model(distill)
+    if before := written_by(distill.teacher, earlier):
+        theirs = before.tokenizer.hf.get_vocab() if before.tokenizer else None
+    else:
+        with speaking_of_the_teacher():
+            theirs = vocabulary_in(model_folder(model))
+    if tokenizer is not None and theirs is not None:
+        refuse_other_tokenizer(tokenizer.hf.get_vocab(), theirs, distill.teacher)
+    return origin(model, None, earlier)
 
 
 _Stage = TypeVar("_Stage", bound=Planned)
@@ -129,21 +172,22 @@ def written_by(path: str | None, earlier: Sequence[_Stage]) -> _Stage | None:
     return next((stage for stage in earlier if written_in(path, stage.loaded)), None)
 
 
-def written_in(path: str | None, loaded: LoadedRecipe) -> bool:
-    """Whether `path` lies in the run directory of this recipe."""
-    return path is not None and Path(path).absolute().is_relative_to(Path(loaded.recipe.run.dir).absolute())
-
-
 def _refuse_other_tokenizer(model: Model, tokenizer: TextTokenizer) -> None:
     """Weights know their tokens by number. Read through another tokenizer they would be noise, and nothing would fail.
 
-    A tokenizer that only adds or renames special tokens is no other one. Weights that came without a tokenizer cannot
-    be checked.
+    A tokenizer that only adds or renames special tokens is no other one; one that lacks some is. Of weights that came
+    without a tokenizer only the number of rows can be checked.
     """
     try:
+        growth = vocabulary_growth(model, tokenizer.size)
         file = model_folder(model) / "tokenizer.json" if model.init_from is not None else None
     except (RecipeError, PreflightError):  # not there yet, or damaged: refused where it is loaded, with the reason
         return
+    if growth is not None and tokenizer.own_size > growth.rows_before:
+        raise RecipeError(
+            f"model.init_from: {model.init_from} has a vocabulary of {growth.rows_before:,}, the tokenizer "
+            f"{tokenizer.own_size:,} tokens besides those added to it: use the model's own tokenizer"
+        )
     if file is None or not file.is_file():
         return
     saved = Tokenizer.from_file(str(file))
@@ -157,4 +201,9 @@ def _refuse_other_tokenizer(model: Model, tokenizer: TextTokenizer) -> None:
             f"model.init_from: {model.init_from} was trained with another tokenizer than this recipe has: "
             f"{len(other):,} ids mean something else, {first} for one is {theirs[first]!r} there and {ours[first]!r} "
             f'here. Set tokenizer.path = "{model.init_from}"'
+        )
+    if lost := sorted(theirs.keys() - ours.keys()):
+        raise RecipeError(
+            f"model.init_from: {model.init_from} knows {len(lost):,} tokens that this recipe's tokenizer lacks, "
+            f'{theirs[lost[0]]!r} for one. Set tokenizer.path = "{model.init_from}"'
         )

@@ -1,4 +1,5 @@
-"""Where documents come from. Each kind of source plans units of work and reads the documents of one unit.
+"""Where documents come from: texts, or conversations of sources with format = "chat". Each kind of source plans units
+of work and reads the documents of one unit.
 
 A plan is made once, in the parent process, from the inputs as they are now; a unit is a slice of it that one worker
 reads start to end. A unit's `identity` is a hash of everything that decides its text: two units with one identity give
@@ -8,15 +9,19 @@ stay out.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cheaptrain.chat.conversation import Conversation, Turn
 from cheaptrain.data.files import InputHashes, cannot_read, digest
 from cheaptrain.errors import PreflightError
 from cheaptrain.recipe import schema
 
+Document = str | Conversation
 _OF_THIS_MACHINE = ("path", "stamp")
+_BEFORE = {"format": "text"}  # as sources were before the key was there
+_DRILLS_BEFORE = {"operations": ["+", "-", "*"], "steps": False, "held_out": 0.0}
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,12 @@ class Plan:
 
 def source_spec(source: schema.Source) -> dict[str, Any]:
     """What of a source decides its documents: not its name, nor how the mixture uses it."""
-    return source.model_dump(mode="json", exclude={"name", "weight", "max_epochs"}, exclude_none=True)
+    spec = source.model_dump(mode="json", exclude={"name", "weight", "max_epochs"}, exclude_none=True)
+    # Keys that came later stay out where they change nothing: what was prepared before them is still right.
+    spec = {key: value for key, value in spec.items() if _BEFORE.get(key) != value}
+    if "drills" in spec:
+        spec["drills"] = {key: value for key, value in spec["drills"].items() if _DRILLS_BEFORE.get(key) != value}
+    return spec
 
 
 def make_unit(
@@ -100,8 +110,21 @@ def plan_source(source: schema.Source, unit_bytes: int, hashes: InputHashes) -> 
     return foreign.plan(source, hashes)
 
 
-def read_documents(source: schema.Source, unit: Unit) -> Iterator[str | Bad]:
+def read_documents(source: schema.Source, unit: Unit) -> Iterator[Document | Bad]:
     """The documents of one unit, in order; those that cannot be read as `Bad`."""
+    documents = _documents(source, unit)
+    return documents if source.system is None else _with_system(documents, source.system)
+
+
+def _with_system(documents: Iterator[Document | Bad], system: str) -> Iterator[Document | Bad]:
+    """Conversations that have no system turn get this one."""
+    for document in documents:
+        if isinstance(document, Conversation) and document.turns[0].role != "system":
+            document = replace(document, turns=(Turn("system", system), *document.turns))
+        yield document
+
+
+def _documents(source: schema.Source, unit: Unit) -> Iterator[Document | Bad]:
     if source.kind == "files":
         from cheaptrain.data.sources import local
 

@@ -1,66 +1,146 @@
-"""Generated arithmetic: sums, differences and products in several phrasings, a handful a document.
+"""Generated arithmetic: sums, differences and products in several phrasings, a handful a document, or as conversations
+of one question and its answer.
 
 A document is a pure function of (seed, number): its random choices are the bytes of a SHAKE-128 hash of the two, so
 they are the same on every machine and every version of Python, and any worker can write any document. The trap this
 avoids: `random.Random` promises the same stream for `random()` only, not for `randrange` or `choice`.
+
+With `held_out`, a hash of the two operands says of every pair whether documents may contain it; where they would, the
+line is drawn again. So a model can be asked sums that it has certainly not read (`held_out_questions`).
 """
 
 import hashlib
 from collections.abc import Iterator
 
-from cheaptrain.data.sources import Plan, Unit, make_unit
+from cheaptrain.chat.conversation import Conversation, exchange
+from cheaptrain.data.sources import Document, Plan, Unit, make_unit
+from cheaptrain.data.sources.steps import written_out
+from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.recipe import schema
 
 _LINES = 8
-_DOCUMENT_BYTES = 200  # about
+_LINE_BYTES = 24
+_DOCUMENT_BYTES, _CONVERSATION_BYTES = 200, 60  # about
+_DRAWS = 1000  # of a line before there can be no pair that is allowed
 
-_OPERATIONS = (
-    ("+", "plus", "What is {a} plus {b}?", "Adding {b} to {a} gives {c}."),
-    ("-", "minus", "What is {a} minus {b}?", "Taking {b} from {a} leaves {c}."),
-    ("*", "times", "What is {a} times {b}?", "Multiplying {a} by {b} gives {c}."),
-)
+_OPERATIONS = {
+    "+": ("plus", "What is {a} plus {b}?", "Adding {b} to {a} gives {c}."),
+    "-": ("minus", "What is {a} minus {b}?", "Taking {b} from {a} leaves {c}."),
+    "*": ("times", "What is {a} times {b}?", "Multiplying {a} by {b} gives {c}."),
+}
+_QUESTIONS = ("What is {a} {word} {b}?", "{a} {sign} {b} = ?", "How much is {a} {word} {b}?", "Compute {a} {sign} {b}.")
 
 
 def plan(source: schema.Source, unit_bytes: int) -> Plan:
     """Units of consecutive documents."""
     assert source.drills is not None
-    each = max(1, unit_bytes // _DOCUMENT_BYTES)
-    total = source.drills.documents
+    drills = source.drills
+    document_bytes = _DOCUMENT_BYTES if source.format == "text" else _CONVERSATION_BYTES
+    each = max(1, unit_bytes // document_bytes)
+    total = drills.documents
     units: list[Unit] = []
+    # Keys that came later decide only where they are set: what was prepared before them is still right.
+    later: dict[str, object] = {"held_out": drills.held_out} if drills.held_out else {}
+    if drills.operations != list(_OPERATIONS):
+        later["operations"] = drills.operations
+    if source.format == "chat":
+        later |= {"format": "chat", "steps": drills.steps}
     for start in range(0, total, each):
         piece = {"start": start, "stop": min(start + each, total)}
         label = f"documents {piece['start']:,} to {piece['stop'] - 1:,}"
-        expected = (piece["stop"] - start) * _DOCUMENT_BYTES
-        decides = {"digits": source.drills.digits, "seed": source.drills.seed, "version": 1}
+        expected = (piece["stop"] - start) * document_bytes
+        decides = {"digits": drills.digits, "seed": drills.seed, "version": 1} | later
         units.append(make_unit(len(units), label, [], [piece], expected, **decides))
     return Plan(tuple(units))
 
 
-def documents(source: schema.Source, unit: Unit) -> Iterator[str]:
-    """The documents of a unit."""
+def documents(source: schema.Source, unit: Unit) -> Iterator[Document]:
+    """The documents of a unit. Raises PreflightError when `held_out` leaves no pair of operands."""
     assert source.drills is not None
     for piece in unit.pieces:
         for number in range(piece["start"], piece["stop"]):
-            yield drill(source.drills.seed, number, source.drills.digits)
+            yield question(source.drills, number) if source.format == "chat" else drill(source.drills, number)
 
 
-def drill(seed: int, number: int, digits: int) -> str:
+def drill(drills: schema.Drills, number: int) -> str:
     """Document `number`: 8 lines of arithmetic on operands of 1 to `digits` digits."""
-    words = hashlib.shake_128(f"cheaptrain drill {seed} {number}".encode()).digest(_LINES * 24)
-    return "\n".join(_line(words[start : start + 24], digits) for start in range(0, len(words), 24))
+    words = _random(f"cheaptrain drill {drills.seed} {number}", _LINES)
+    lines = (words[start : start + _LINE_BYTES] for start in range(0, len(words), _LINE_BYTES))
+    return "\n".join(_line(*_allowed(line, drills, f"{number} line {n}")) for n, line in enumerate(lines))
 
 
-def _line(random: bytes, digits: int) -> str:
-    """One exercise from 24 random bytes."""
-    operation, phrasing, a_digits, b_digits = random[0] % 3, random[1] % 4, random[2] % digits, random[3] % digits
-    a = int.from_bytes(random[4:14], "little") % 10 ** (a_digits + 1)
-    b = int.from_bytes(random[14:24], "little") % 10 ** (b_digits + 1)
-    if operation == 1 and b > a:
+def question(drills: schema.Drills, number: int) -> Conversation:
+    """Conversation `number`: a question, and the answer or, with `steps`, the steps to it and a last line `#### 42`."""
+    first = _random(f"cheaptrain question {drills.seed} {number}", 1)
+    random, (sign, a, b, c) = _allowed(first, drills, f"question {number}")
+    answer = "\n".join([*written_out(sign, a, b), f"#### {c}"]) if drills.steps else str(c)
+    return exchange(_asked(random, sign, a, b), answer)
+
+
+def held_out_questions(drills: schema.Drills, count: int) -> list[tuple[str, int]]:
+    """At most `count` different questions on pairs of operands that no drill contains, each with its answer.
+
+    The same for the same drills; fewer where there are not so many pairs. Raises RecipeError without `held_out`.
+    """
+    if not drills.held_out:
+        raise RecipeError("drills.held_out is 0: there are no sums that the drills surely do not contain")
+    found: dict[tuple[str, int, int], tuple[str, int]] = {}
+    number = last = 0
+    while len(found) < count and number - last < _DRAWS / drills.held_out:
+        number += 1
+        random = _random(f"cheaptrain held out {drills.seed} {number}", 1)
+        sign, a, b, c = _exercise(random, drills)
+        if _is_held_out(drills, a, b) and (sign, a, b) not in found:
+            found[sign, a, b], last = (_asked(random, sign, a, b), c), number
+    return list(found.values())
+
+
+def _allowed(random: bytes, drills: schema.Drills, what: str) -> tuple[bytes, tuple[str, int, int, int]]:
+    """The random bytes of an exercise that documents may contain, and the exercise: these, or the next that do."""
+    for draw in range(1, _DRAWS):
+        exercise = _exercise(random, drills)
+        if not _is_held_out(drills, exercise[1], exercise[2]):
+            return random, exercise
+        random = _random(f"cheaptrain drill {drills.seed} {what} again {draw}", 1)
+    raise PreflightError(
+        f"drills.held_out = {drills.held_out} leaves no pair of operands of {drills.digits} digits; lower it, or raise "
+        "drills.digits"
+    )
+
+
+def _is_held_out(drills: schema.Drills, a: int, b: int) -> bool:
+    if not drills.held_out:
+        return False
+    pair = f"cheaptrain pair {drills.seed} {min(a, b)} {max(a, b)}"
+    digest = hashlib.blake2b(pair.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < int(drills.held_out * 2**64)
+
+
+def _exercise(random: bytes, drills: schema.Drills) -> tuple[str, int, int, int]:
+    """(operation, operands, result) from 24 random bytes."""
+    sign = drills.operations[random[0] % len(drills.operations)]
+    a = int.from_bytes(random[4:14], "little") % 10 ** (random[2] % drills.digits + 1)
+    b = int.from_bytes(random[14:24], "little") % 10 ** (random[3] % drills.digits + 1)
+    if sign == "-" and b > a:
         a, b = b, a
-    c = (a + b, a - b, a * b)[operation]
-    sign, word, question, sentence = _OPERATIONS[operation]
+    return sign, a, b, {"+": a + b, "-": a - b, "*": a * b}[sign]
+
+
+def _line(random: bytes, exercise: tuple[str, int, int, int]) -> str:
+    """An exercise as a line of text."""
+    sign, a, b, c = exercise
+    word, asked, sentence = _OPERATIONS[sign]
+    phrasing = random[1] % 4
     if phrasing == 0:
         return f"{a} {sign} {b} = {c}"
     if phrasing == 1:
         return f"{a} {word} {b} is {c}."
-    return f"{question.format(a=a, b=b)} {c}." if phrasing == 2 else sentence.format(a=a, b=b, c=c)
+    return f"{asked.format(a=a, b=b)} {c}." if phrasing == 2 else sentence.format(a=a, b=b, c=c)
+
+
+def _asked(random: bytes, sign: str, a: int, b: int) -> str:
+    return _QUESTIONS[random[1] % 4].format(a=a, b=b, sign=sign, word=_OPERATIONS[sign][0])
+
+
+def _random(of: str, lines: int) -> bytes:
+    return hashlib.shake_128(of.encode()).digest(lines * _LINE_BYTES)

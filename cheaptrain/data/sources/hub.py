@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cheaptrain.data.files import InputHashes
-from cheaptrain.data.sources import Bad, Input, Plan, Unit, make_unit
-from cheaptrain.data.sources.column import choose_column
-from cheaptrain.data.sources.local import text_value
+from cheaptrain.data.sources import Bad, Document, Input, Plan, Unit, make_unit
+from cheaptrain.data.sources.column import choose, named, take, taken_columns
 from cheaptrain.errors import PreflightError
 from cheaptrain.recipe import schema
 
@@ -41,32 +40,35 @@ def plan(source: schema.Source, hashes: InputHashes) -> Plan:
         raise
     except Exception as error:  # datasets raises many kinds, all of them about what the recipe asked for or the network
         raise PreflightError(_cannot_load(source, error)) from error
-    column = choose_column(columns, source.column, f"{source.hub} ({split})", source.name)
+    taken = choose(columns, source, None, f"{source.hub} ({split})")
+    key = "column" if isinstance(taken, str) else "columns"
     one_each = len(inputs) == dataset.num_shards
     units = []
     for index in range(dataset.num_shards):
         of_unit = [inputs[index]] if one_each else inputs
-        piece = {"shard": index, "of": dataset.num_shards, "split": split, "column": column}
+        piece = {"shard": index, "of": dataset.num_shards, "split": split, key: taken}
         where = {"path": {"revision": revision or source.revision}}  # pins the workers; content is in the inputs
         label = of_unit[0].name if one_each else f"{source.hub} part {index + 1} of {dataset.num_shards}"
         expected = sum(item.size for item in of_unit) * _TEXT_BYTES_PER_FILE_BYTE // (1 if one_each else len(of_unit))
         units.append(make_unit(index, label, of_unit, [piece | where], expected, on_bad_line=source.on_bad_line))
-    notes = [f"text column: {column}"] if source.column is None else []
-    return Plan(tuple(units), (*notes, *([f"revision {revision[:12]}"] if revision else [])))
+    return Plan(
+        tuple(units), (*named(source, taken, set(columns)), *([f"revision {revision[:12]}"] if revision else []))
+    )
 
 
-def documents(source: schema.Source, unit: Unit) -> Iterator[str | Bad]:
-    """The text column of one shard of the stream. Raises PreflightError when the stream breaks."""
+def documents(source: schema.Source, unit: Unit) -> Iterator[Document | Bad]:
+    """The documents of one shard of the stream. Raises PreflightError when the stream breaks."""
     assert source.hub is not None
     for piece in unit.pieces:
-        column, row = piece["column"], 0
+        taken, row = taken_columns(piece), 0
+        names = [taken] if isinstance(taken, str) else list(taken.values())
         try:
             revision, files = piece["path"]["revision"], _key(source.data_files)
             dataset = _stream(source.hub, source.subset, piece["split"], revision, files)
             if dataset.num_shards != piece["of"]:
                 raise PreflightError(f"source {source.name!r}: {source.hub} changed while it was read; run again")
-            for example in dataset.shard(num_shards=piece["of"], index=piece["shard"]).select_columns([column]):
-                yield text_value(example[column], column, f"{unit.label} row {row:,}")
+            for example in dataset.shard(num_shards=piece["of"], index=piece["shard"]).select_columns(names):
+                yield take(example, taken, f"{unit.label} row {row:,}")
                 row += 1
         except (PreflightError, GeneratorExit):
             raise

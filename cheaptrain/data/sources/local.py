@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cheaptrain.data.files import InputHashes, cannot_read
-from cheaptrain.data.sources import Bad, Input, Plan, Unit, check_unchanged, file_stamp, make_unit
-from cheaptrain.data.sources.column import choose_column
+from cheaptrain.data.sources import Bad, Document, Input, Plan, Unit, check_unchanged, file_stamp, make_unit
+from cheaptrain.data.sources.column import Taken, choose, named, take, taken_columns
 from cheaptrain.errors import PreflightError
 from cheaptrain.recipe import schema
 
@@ -74,16 +74,17 @@ def plan(source: schema.Source, unit_bytes: int, hashes: InputHashes) -> Plan:
         for path, kind, item in zip(paths, kinds, inputs, strict=True)
         if kind != "txt" and item.size
     }
-    column = source.column
+    if source.format == "chat" and "txt" in kinds:
+        raise PreflightError(f"{key}: {paths[kinds.index('txt')]}: a text file holds no conversations")
+    taken: Taken | None = None
     for path, columns in tables.items():
         if not columns:
             continue  # one shard of many may hold nothing
-        column = choose_column(columns, column, path, source.name)
-    if source.column is None and column is not None:
-        notes.append(f"text column: {column}")
+        taken = choose(columns, source, taken, path)
+    notes += named(source, taken, {name for columns in tables.values() for name in columns})
     pieces = []
     for path, kind, stamp, item in zip(paths, kinds, stamps, inputs, strict=True):
-        pieces += [(item, piece | {"stamp": stamp}, size) for piece, size in _pieces(path, kind, column, unit_bytes)]
+        pieces += [(item, piece | {"stamp": stamp}, size) for piece, size in _pieces(path, kind, taken, unit_bytes)]
     units: list[Unit] = []
     group: list[tuple[Input, dict[str, Any], int]] = []
     group_bytes = 0
@@ -98,23 +99,23 @@ def plan(source: schema.Source, unit_bytes: int, hashes: InputHashes) -> Plan:
     return Plan(tuple(units), tuple(notes))
 
 
-def documents(unit: Unit) -> Iterator[str | Bad]:
+def documents(unit: Unit) -> Iterator[Document | Bad]:
     """The documents of a unit's pieces. Raises PreflightError when a file is gone, changed or broken as a whole."""
     for piece in unit.pieces:
         path = piece["path"]
         check_unchanged(piece)
         try:
             if piece["kind"] == "parquet":
-                yield from _parquet(path, piece["row_group"], piece["column"])
+                yield from _parquet(path, piece["row_group"], taken_columns(piece))
             elif piece["kind"] == "txt":
                 with open(path, "rb") as file:
                     yield _decoded(file.read(), path)
             elif piece["kind"] == "jsonl":
-                yield from _jsonl_range(path, piece["start"], piece["stop"], piece["column"])
+                yield from _jsonl_range(path, piece["start"], piece["stop"], taken_columns(piece))
             else:
                 with _decompressed(path, piece["kind"]) as stream:
                     for number, line in enumerate(stream, 1):
-                        yield from json_document(line, piece["column"], f"{path}:{number}", first=number == 1)
+                        yield from json_document(line, taken_columns(piece), f"{path}:{number}", number == 1)
         except _BROKEN as error:
             raise PreflightError(f"{path}: broken or cut short ({error}); fetch or write it again") from error
         except OSError as error:
@@ -122,8 +123,8 @@ def documents(unit: Unit) -> Iterator[str | Bad]:
         check_unchanged(piece)
 
 
-def json_document(line: bytes, column: str, where: str, first: bool = False) -> Iterator[str | Bad]:
-    """The text of one JSON line; nothing for a blank one."""
+def json_document(line: bytes, taken: Taken, where: str, first: bool = False) -> Iterator[Document | Bad]:
+    """The document of one JSON line; nothing for a blank one."""
     if first:
         line = line.removeprefix(_BOM)
     if line.isspace() or not line:
@@ -136,9 +137,10 @@ def json_document(line: bytes, column: str, where: str, first: bool = False) -> 
         yield Bad(where, f"not JSON ({error})")
     else:
         if not isinstance(record, dict):
+            column = taken if isinstance(taken, str) else next(iter(taken.values()))
             yield Bad(where, f"a JSON {type(record).__name__}, not an object with a column {column!r}")
         else:
-            yield text_value(record.get(column), column, where)
+            yield take(record, taken, where)
 
 
 def _parsed(line: bytes) -> Any:
@@ -151,20 +153,6 @@ def _parsed(line: bytes) -> Any:
         return json.loads(line, parse_int=str)
 
 
-def text_value(value: Any, column: str, where: str) -> str | Bad:
-    """`value` if it is text that can be encoded, else what is wrong with it."""
-    if value is None:
-        return Bad(where, f"no value in column {column!r}")
-    if not isinstance(value, str):
-        return Bad(where, f"column {column!r} holds a {type(value).__name__}, not text")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            return Bad(where, f"half a surrogate pair at character {error.start}: not text that UTF-8 can write")
-    return value
-
-
 def _kind(path: str, key: str) -> str:
     for suffix, kind in _SUFFIXES.items():
         if path.lower().endswith(suffix):
@@ -172,18 +160,19 @@ def _kind(path: str, key: str) -> str:
     raise PreflightError(f"{key}: {path}: unknown kind of file; there are {', '.join(_SUFFIXES)}")
 
 
-def _pieces(path: str, kind: str, column: str | None, unit_bytes: int) -> Iterator[tuple[dict[str, Any], int]]:
+def _pieces(path: str, kind: str, taken: Taken | None, unit_bytes: int) -> Iterator[tuple[dict[str, Any], int]]:
     """(piece, expected bytes of text) for one file."""
     size = os.path.getsize(path)
     piece: dict[str, Any] = {"path": path, "name": path, "kind": kind}
     if kind != "txt":
-        piece["column"] = column
+        piece["columns" if isinstance(taken, dict) else "column"] = taken
+    names = [taken] if isinstance(taken, str) else list((taken or {}).values())
     if kind == "parquet":
         metadata = _parquet_file(path).metadata
         for row_group in range(metadata.num_row_groups):
             group = metadata.row_group(row_group)
             chunks = [group.column(index) for index in range(group.num_columns)]
-            text = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+            text = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in names)
             yield piece | {"row_group": row_group}, text
     elif kind == "jsonl":
         step = max(1, unit_bytes)
@@ -256,9 +245,19 @@ def _parquet_file(path: str) -> pq.ParquetFile:
         raise PreflightError(cannot_read(path, error)) from error
 
 
-def _parquet(path: str, row_group: int, column: str) -> Iterator[str | Bad]:
+def _parquet(path: str, row_group: int, taken: Taken) -> Iterator[Document | Bad]:
     file = _parquet_file(path)
     row = sum(file.metadata.row_group(index).num_rows for index in range(row_group))
+    if not isinstance(taken, str):
+        try:
+            for batch in file.iter_batches(1024, row_groups=[row_group], columns=list(taken.values())):
+                for record in batch.to_pylist():
+                    yield take(record, taken, f"{path} row {row:,}")
+                    row += 1
+        except UnicodeDecodeError as error:
+            raise PreflightError(f"{path}: row group {row_group} holds text that is not UTF-8 ({error})") from error
+        return
+    column = taken
     for batch in file.iter_batches(1024, row_groups=[row_group], columns=[column]):
         values = batch.column(0)
         if pa.types.is_dictionary(values.type):
@@ -274,7 +273,7 @@ def _parquet(path: str, row_group: int, column: str) -> Iterator[str | Bad]:
             row += 1
 
 
-def _jsonl_range(path: str, start: int, stop: int, column: str) -> Iterator[str | Bad]:
+def _jsonl_range(path: str, start: int, stop: int, taken: Taken) -> Iterator[Document | Bad]:
     """Lines that begin in [start, stop)."""
     with open(path, "rb") as file:
         if start:
@@ -284,7 +283,7 @@ def _jsonl_range(path: str, start: int, stop: int, column: str) -> Iterator[str 
         number = 0
         while position < stop and (line := file.readline()):
             number += 1
-            for document in json_document(line, column, "", first=position == 0):
+            for document in json_document(line, taken, "", first=position == 0):
                 if isinstance(document, Bad):
                     document = Bad(f"{path}:{_lines_before(path, first_byte) + number}", document.why)
                 yield document

@@ -1,7 +1,8 @@
 """Text that every machine with Python has: the code or the docstrings of installed packages and modules.
 
 Nothing is imported: a package is located by name, its .py files are read as text, and docstrings are taken from the
-syntax tree. One file is one document; as docstrings, a module reads like a page of its reference manual. The trap:
+syntax tree. One file is one document; as docstrings, a module reads like a page of its reference manual. As
+conversations, every documented thing is a question and an answer of its own (`questions.py`). The trap:
 importing a package to find it runs its code, and `find_spec("a.b")` imports `a`; so only the first name is looked up
 and the rest is walked on disk.
 """
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from cheaptrain.data.files import InputHashes, cannot_read
-from cheaptrain.data.sources import Bad, Input, Plan, Unit, check_unchanged, file_stamp, make_unit
+from cheaptrain.data.sources import Bad, Document, Input, Plan, Unit, check_unchanged, file_stamp, make_unit
+from cheaptrain.data.sources.questions import about
 from cheaptrain.errors import PreflightError
 from cheaptrain.recipe import schema
 
@@ -49,17 +51,16 @@ def plan(source: schema.Source, unit_bytes: int, hashes: InputHashes) -> Plan:
         if size >= unit_bytes or index + 1 == len(ordered):
             label = group[0][0].name if len(group) == 1 else f"{group[0][0].name} to {group[-1][0].name}"
             entries, pieces = [entry for entry, _ in group], [piece for _, piece in group]
-            units.append(
-                make_unit(
-                    len(units), label, entries, pieces, size, content=source.content, on_bad_line=source.on_bad_line
-                )
-            )
+            decides: dict[str, Any] = {"content": source.content, "on_bad_line": source.on_bad_line}
+            decides |= {"format": "chat"} if source.format == "chat" else {}
+            units.append(make_unit(len(units), label, entries, pieces, size, **decides))
             group, size = [], 0
     return Plan(tuple(units), (f"{len(ordered):,} Python files",))
 
 
-def documents(source: schema.Source, unit: Unit) -> Iterator[str | Bad]:
-    """One document a file: its code, or its docstrings. A module without docstrings is an empty document."""
+def documents(source: schema.Source, unit: Unit) -> Iterator[Document | Bad]:
+    """One document a file: its code, or its docstrings; or questions and answers about what it documents. A module
+    without docstrings is an empty document, or none."""
     for piece in unit.pieces:
         try:
             raw = Path(piece["path"]).read_bytes()
@@ -67,7 +68,17 @@ def documents(source: schema.Source, unit: Unit) -> Iterator[str | Bad]:
             raise PreflightError(cannot_read(piece["path"], error)) from error
         check_unchanged(piece)
         code = _decoded(raw, piece["path"])
-        yield code if source.content == "code" or isinstance(code, Bad) else _docstrings(code, piece)
+        if source.content == "code" or isinstance(code, Bad):
+            yield code
+            continue
+        sections = _sections_of(code, piece)
+        if isinstance(sections, Bad):
+            yield sections
+        elif source.format == "chat":
+            for heading, docstring in sections:
+                yield from about(heading, docstring)
+        else:
+            yield "\n\n".join(f"{heading}\n\n{docstring}" for heading, docstring in sections)
 
 
 def _python_files(name: str, source: str) -> dict[str, Path]:
@@ -118,21 +129,24 @@ def _decoded(raw: bytes, path: str) -> str | Bad:
         return Bad(path, f"not in the encoding it declares ({error})")
 
 
-def _docstrings(code: str, piece: dict[str, Any]) -> str | Bad:
-    """All docstrings of a module, each under its qualified name; empty when there are none."""
+def _sections_of(code: str, piece: dict[str, Any]) -> list[tuple[str, str]] | Bad:
+    """All docstrings of a module, each behind the heading for it."""
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError) as error:
         return Bad(piece["path"], f"not Python that this interpreter parses ({error})")
     parts = piece["name"].removesuffix(".py").removesuffix("/__init__").split("/")
-    text = "\n\n".join(_sections(tree, ".".join(parts)))
-    return text.encode(errors="backslashreplace").decode()  # "\ud800" in a docstring is no text; keep it as written
+    # "\ud800" in a docstring is no text; keep it as written
+    written = [
+        text.encode(errors="backslashreplace").decode() for pair in _sections(tree, ".".join(parts)) for text in pair
+    ]
+    return list(zip(written[::2], written[1::2], strict=True))
 
 
-def _sections(node: _Documented, name: str) -> Iterator[str]:
+def _sections(node: _Documented, name: str) -> Iterator[tuple[str, str]]:
     text = ast.get_docstring(node, clean=False)
     if text and (cleaned := inspect.cleandoc(text).strip()):
-        yield f"{_heading(node, name)}\n\n{cleaned}"
+        yield _heading(node, name), cleaned
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _sections(child, f"{name}.{child.name}")

@@ -1,0 +1,59 @@
+"""The sums of `[probe]`, put to a stage's model as it starts and to the checkpoint it ends with.
+
+Done by the main process alone, with plain transformers. What the model could do before is asked of the very weights the
+stage starts from, in the chat template the stage teaches; what it can do after, of the files on the disk. The marks lie
+in the run folder, so a stage that was stopped and gone on with still knows where it came from.
+"""
+
+import json
+
+from cheaptrain.checkpoint.paths import RunDirectory
+from cheaptrain.data.sources.drills import held_out_questions
+from cheaptrain.evaluate.sums import PROBE, Marks, keep_marks, marks, marks_of_checkpoint, read_marks
+from cheaptrain.model.build import build_model
+from cheaptrain.model.twin import plain_twin
+from cheaptrain.recipe.schema import Recipe
+from cheaptrain.train.survey import Survey
+
+
+def probe_before(survey: Survey, run: RunDirectory) -> None:
+    """Ask the model that the stage starts from, where the recipe says so and nobody has yet."""
+    recipe, tokenizer = survey.loaded.recipe, survey.tokenizer
+    if recipe.probe is None or marks_in(run)[0] is not None:
+        return
+    model = build_model(
+        recipe.model,
+        vocab_size=tokenizer.size,
+        seq_len=recipe.data.seq_len,
+        seed=recipe.seed,
+        eot_id=tokenizer.eot_id,
+        bos_id=tokenizer.bos_id,
+        end_of_turn_id=tokenizer.end_of_turn_id,
+    )
+    before = marks(plain_twin(model), tokenizer.hf, _questions(recipe), recipe.probe.max_new_tokens)
+    keep_marks(run.path, before, None)
+
+
+def probe_after(survey: Survey, run: RunDirectory) -> None:
+    """Ask the checkpoint that the stage ended with, where the recipe says so and nobody has yet."""
+    recipe = survey.loaded.recipe
+    before, after = marks_in(run)
+    if recipe.probe is None or after is not None:
+        return
+    keep_marks(run.path, before, marks_of_checkpoint(run.final, _questions(recipe), recipe.probe.max_new_tokens))
+
+
+def marks_in(run: RunDirectory) -> tuple[Marks | None, Marks | None]:
+    """What was marked before and after; None where nobody has asked."""
+    try:
+        content = json.loads((run.path / PROBE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None, None
+    return read_marks(content, "before"), read_marks(content, "after")
+
+
+def _questions(recipe: Recipe) -> list[tuple[str, int]]:
+    assert recipe.probe is not None
+    drills = next(source.drills for source in recipe.data.sources if source.name == recipe.probe.source)
+    assert drills is not None
+    return held_out_questions(drills, recipe.probe.questions)
