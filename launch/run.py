@@ -21,13 +21,13 @@ from cheaptrain.exits import guarded
 def main() -> None:
     """Load every recipe, then run them in order."""
     from cheaptrain.launching import apply_environment
-    from cheaptrain.recipe.load import load_recipe
+    from cheaptrain.recipe.load import load_recipes
     from cheaptrain.recipe.overrides import split_arguments
 
     paths, overrides = split_arguments(sys.argv[1:])
     if not paths or any(path.startswith("-") for path in paths):
         raise RecipeError("usage: accelerate launch launch/run.py RECIPE [RECIPE …] [key=value …]")
-    apply_environment([load_recipe(path, overrides) for path in paths])
+    apply_environment(load_recipes(paths, overrides))
     from cheaptrain.train.chain import run_chain  # torch comes with it, after the environment
 
     run_chain(paths, overrides)
