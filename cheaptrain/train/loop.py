@@ -131,11 +131,9 @@ def _step_metrics(stage: Stage, result: StepResult, seconds: float) -> dict[str,
         **{f"data/{name}/tokens": count for name, count in sorted(stage.ledger.source_tokens.items())},
     }
     if taught:
-        values |= {
-            "train/cross_entropy": taught.cross_entropy,
-            "kd/loss": taught.divergence,
-            "kd/agreement": taught.agreement,
-        }
+        values |= {"train/cross_entropy": taught.cross_entropy, "kd/loss": taught.divergence}
+        others = {"kd/agreement": taught.agreement, "kd/aligned": taught.aligned}
+        values |= {name: value for name, value in others.items() if value is not None}
     if stage.ledger.skipped_steps:
         values["train/skipped_steps"] = stage.ledger.skipped_steps
     if stage.peak_flops:

@@ -52,11 +52,13 @@ class Compute:
 
 class Taught(NamedTuple):
     """Sums over supervised positions when there is a teacher: the divergence from it, the student's cross-entropy
-    (both as the loss has them weighted), and where the likeliest token of both is the same."""
+    (both as the loss has them weighted), and where the likeliest token of both is the same. A teacher with other tokens
+    has no such token; of it there is what the positions weigh that it speaks of (`aligned.py`)."""
 
     divergence: Tensor
     cross_entropy: Tensor
-    agreed: Tensor
+    agreed: Tensor | None = None
+    aligned: Tensor | None = None
 
 
 class Sums(NamedTuple):

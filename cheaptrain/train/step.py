@@ -28,11 +28,13 @@ from cheaptrain.train.optim import set_learning_rate
 
 @dataclass(frozen=True)
 class MeansTaught:
-    """What a teacher adds to a step's result, as means."""
+    """What a teacher adds to a step's result, as means; the divergence over what it speaks of. One with other tokens
+    agrees on none of them: then `agreement` is None, and `aligned` the share of the positions that it speaks of."""
 
     divergence: float
     cross_entropy: float
-    agreement: float
+    agreement: float | None
+    aligned: float | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def train_step(
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     taught = torch.zeros(len(Taught._fields), dtype=torch.float64, device=device)
-    has_teacher = False
+    told: Taught | None = None
     for number, batch in enumerate(batches, 1):
         last_micro_batch(root, number == len(batches))
         sums = root(objective, batch.to(device), compute)
@@ -88,8 +90,8 @@ def train_step(
         loss += sums.loss.detach()
         correct += sums.correct
         if sums.taught is not None:
-            taught += torch.stack([each.double() for each in sums.taught])
-            has_teacher = True
+            told = sums.taught
+            taught += torch.stack([loss.new_zeros(()).double() if each is None else each.double() for each in told])
         beat(f"micro-batch {number} of {len(batches)}")
 
     sum_vector_gradients(root, mesh)
@@ -98,7 +100,7 @@ def train_step(
     totals = torch.cat([torch.stack([loss.double(), correct.double()]), taught]).mul_(speaks)
     flags = torch.stack([(~torch.isfinite(norm)).double(), torch.tensor(float(stop), device=device).double()])
     totals = _sum_over_processes(torch.cat([totals, flags]), mesh)
-    loss_sum, right, divergence, cross_entropy, agreed, not_finite, stops = totals.tolist()
+    loss_sum, right, *of_teacher, not_finite, stops = totals.tolist()
     counts = counts_from(counted, batches[0].document_ids.shape[1])
     applied = math.isfinite(loss_sum) and not_finite == 0
     rate = set_learning_rate(optimizers, learning_rate_factor)
@@ -117,7 +119,18 @@ def train_step(
         counts=counts,
         applied=applied,
         stop=stops > 0,
-        taught=MeansTaught(divergence / by, cross_entropy / by, agreed / tokens) if has_teacher else None,
+        taught=None if told is None else _means(told, of_teacher, by, tokens),
+    )
+
+
+def _means(told: Taught, sums: list[float], by: int, tokens: int) -> MeansTaught:
+    """Of the `sums` of a step; `told` says which of them there are."""
+    divergence, cross_entropy, agreed, aligned = sums
+    return MeansTaught(
+        divergence=divergence / (by if told.aligned is None else aligned or 1.0),
+        cross_entropy=cross_entropy / by,
+        agreement=None if told.agreed is None else agreed / tokens,
+        aligned=None if told.aligned is None else aligned / by,
     )
 
 

@@ -78,7 +78,7 @@ def linear_span_distillation(
     with torch.no_grad():
         losses = token_losses(hidden, head, labels, chunk_tokens=chunk)
         factor = _factor(labels, weights)
-        log_q, weighs = sum_of_spans(-losses, said), sum_of_spans(factor, said)
+        log_q, weighs = (sum_of_spans(each, said.positions, said.lengths) for each in (-losses, factor))
         divergence, slope = _two_outcomes(said.log_p, log_q, loss)
         pulls = slope * weighs * (loss.alpha * loss.temperature)  # T^2, and 1 / T from the power
         of_tokens = factor * (1 - loss.alpha)
@@ -133,12 +133,12 @@ def linear_span_distillation_reference(
     )
 
 
-def sum_of_spans(values: Tensor, said: SpanWord) -> Tensor:
-    """`values` `[tokens]` summed over the positions of each span: `[spans]`, always in the same order."""
-    if not len(said.lengths):
+def sum_of_spans(values: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+    """`values` `[tokens]` summed over the positions of each span (see `SpanWord`): `[spans]`."""
+    if not len(lengths):
         return values.new_zeros(0)
-    # Not index_add: on a GPU that adds in whatever order it comes to.
-    return torch.segment_reduce(values[said.positions], "sum", lengths=said.lengths, unsafe=True)
+    # Always in the same order. Not index_add: on a GPU that adds in whatever order it comes to.
+    return torch.segment_reduce(values[positions], "sum", lengths=lengths, unsafe=True)
 
 
 def _factor(labels: Tensor, weights: Tensor | None) -> Tensor:
