@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-QUICKSTART := recipes/quickstart/phase1.toml recipes/quickstart/phase2.toml
+QUICKSTART := $(patsubst %,recipes/quickstart/%.toml,teacher phase1 phase2 midtrain sft_general sft_reasoning)
 
 .PHONY: quickstart test test-slow check benchmarks clean-outputs
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from golden.record_quickstart import GOLDEN, PHASES, ROOT, curve, prepared_phase1
+from golden.record_quickstart import GOLDEN, RECIPES, STAGES, curve, prepare_sft, prepared_phase1
 from small_runs import run_child
 
 # Matrix products add in another order on another processor or with other threads; a wrong batch, mask, rate or weight
@@ -48,7 +48,7 @@ def test_quickstart_follows_its_golden_curve_from_the_first_step(folder: Path) -
             return plain(*arguments, **rest)
 
         loop.train_step = counted
-        run_chain([str(ROOT / PHASES[0])], [ONE_THREAD])
+        run_chain([str(RECIPES["phase1"])], [ONE_THREAD])
 
     assert run_child(work, folder / "log") == 0, (folder / "log").read_text()[-3000:]
     ours = curve(Path("outputs/quickstart/phase1"))
@@ -61,15 +61,19 @@ def test_quickstart_follows_its_golden_curve_from_the_first_step(folder: Path) -
 @pytest.mark.slow
 def test_quickstart_ends_where_it_ended(folder: Path) -> None:
     golden = _golden_or_skip(folder)
+    prepare_sft()
 
     def work() -> None:
         from cheaptrain.train.chain import run_chain
 
-        run_chain([str(ROOT / phase) for phase in PHASES], [ONE_THREAD])
+        run_chain([str(path) for path in RECIPES.values()], [ONE_THREAD])
 
     assert run_child(work, folder / "log") == 0, (folder / "log").read_text()[-3000:]
-    for phase in ("phase1", "phase2"):
-        ours = curve(Path("outputs/quickstart") / phase)
-        assert [step for step, _ in ours["train/loss"]] == [step for step, _ in golden[phase]["train/loss"]]
+    for stage in STAGES:
+        ours = curve(Path("outputs/quickstart") / stage)
+        assert [step for step, _ in ours["train/loss"]] == [step for step, _ in golden[stage]["train/loss"]]
         for key in ("val/loss", "val/bpb"):
-            assert [value for _, value in ours[key]] == pytest.approx([v for _, v in golden[phase][key]], abs=0.03)
+            assert [value for _, value in ours[key]] == pytest.approx([v for _, v in golden[stage][key]], abs=0.03)
+    before, after = (json.loads(Path(f"outputs/quickstart/{stage}/probe.json").read_text()) for stage in STAGES[-2:])
+    assert before["before"]["right"] <= 5 and before["before"]["ended"] <= 20
+    assert after["after"]["right"] >= 80 and after["after"]["ended"] >= 95

@@ -17,6 +17,7 @@ bytes are no text. They are skipped, not replaced: a replacement character would
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from cheaptrain.data.pieces import refuse_lost_text, token_pieces
+from cheaptrain.data.pieces import refuse_lost_text
 from cheaptrain.data.stream import Int64
 from cheaptrain.data.tokenizer import TextTokenizer
 
@@ -72,12 +73,17 @@ class _Reading(NamedTuple):
     known: NDArray[np.bool_]
 
 
+def refuse_unalignable(*tokenizers: tuple[TextTokenizer, str]) -> None:
+    """Raise PreflightError for a tokenizer, each with the key that names it, whose tokens do not add up to the text."""
+    for tokenizer, key in tokenizers:
+        _reader(tokenizer, key)
+
+
 class Aligner:
     """Aligns batches; reading is safe from several threads."""
 
     def __init__(self, student: TextTokenizer, teacher: TextTokenizer, longest: int) -> None:
-        """`longest`: tokens that the teacher can read at once. Raises PreflightError for a tokenizer whose tokens do
-        not add up to the text."""
+        """`longest`: tokens that the teacher can read at once. Raises as `refuse_unalignable` does."""
         self.longest, self.bos_id = longest, teacher.bos_id
         self._encoder, self._pieces = _reader(teacher, "distill.teacher")
         _, self._text = _reader(student, "tokenizer")
@@ -128,7 +134,7 @@ class Aligner:
         silent = self._lengths[tokens] == 0
         ends = np.cumsum(np.maximum(self._lengths[tokens], 1))
         edges = np.flatnonzero(np.diff(silent, prepend=~silent[:1], append=~silent[-1:])).tolist()
-        for first, stop in zip(edges[:-1], edges[1:], strict=True):
+        for first, stop in pairwise(edges):
             begin = int(ends[first - 1]) if first else 0
             if silent[first]:
                 for place, twin in enumerate(self._twin[tokens[first:stop]].tolist()):
@@ -145,7 +151,7 @@ def _reader(tokenizer: TextTokenizer, name: str) -> tuple[Tokenizer, list[bytes]
     spec = tokenizer.encoder_spec()
     encoder = Tokenizer.from_str(spec.backend)
     encoder.encode_special_tokens = True
-    pieces = token_pieces(spec.backend, tokenizer.size, tokenizer.silent_ids)
+    pieces = tokenizer.pieces()
     refuse_lost_text(encoder, pieces, name)
     return encoder, pieces
 
@@ -156,7 +162,7 @@ def _twins(student: TextTokenizer, teacher: TextTokenizer) -> Int64:
     theirs = dict(zip(teacher.hf.convert_ids_to_tokens(list(teacher.silent_ids)), teacher.silent_ids, strict=True))
     twin = np.full(student.size, -1, np.int64)
     for index in student.silent_ids:
-        twin[index] = theirs.get(student.hf.convert_ids_to_tokens(index), -1)
+        twin[index] = theirs.get(str(student.hf.convert_ids_to_tokens(index)), -1)
     if twin[student.eot_id] < 0:
         twin[student.eot_id] = teacher.eot_id
     if teacher.bos_id is not None and student.bos_id not in (None, student.eot_id):
@@ -165,8 +171,8 @@ def _twins(student: TextTokenizer, teacher: TextTokenizer) -> Int64:
 
 
 def _one(index: int, start: int, length: int) -> _Reading:
-    of = (np.array([each], np.int64) for each in (index, start, length))
-    return _Reading(*of, np.ones(1, bool))
+    ids, starts, lengths = np.array([[index], [start], [length]], np.int64)
+    return _Reading(ids, starts, lengths, np.ones(1, bool))
 
 
 _NOTHING = _Reading(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, bool))
@@ -201,9 +207,7 @@ def _documents(ids: Int64, labels: Int64, document_ids: NDArray[np.int32]) -> It
                 )
 
 
-def _spans(
-    documents: list[_Document], sizes: list[Int64], readings: list[_Reading], longest: int, seq: int
-) -> Aligned:
+def _spans(documents: list[_Document], sizes: list[Int64], readings: list[_Reading], longest: int, seq: int) -> Aligned:
     """Cut both sides where both have a boundary, and lay out the teacher's rows."""
     begins = np.cumsum([0, *(int(size.sum()) for size in sizes)])  # of each document on the line
     inputs = [min(longest, max(0, len(reading.ids) - 1)) for reading in readings]
@@ -260,7 +264,8 @@ class _Line(NamedTuple):
 
 def _line(parts: list[tuple[Int64, Int64, NDArray[np.bool_], Int64]]) -> _Line:
     if not parts:
-        return _Line(*_NOTHING[:3], np.empty(0, np.int64), np.empty(0, np.int64))._replace(known=np.empty(0, bool))
+        nothing = np.empty(0, np.int64)
+        return _Line(nothing, nothing, nothing.astype(bool), nothing, nothing)
     starts, lengths, known, positions = (np.concatenate(each) for each in zip(*parts, strict=True))
     return _Line(starts, lengths, known, positions, np.unique(np.concatenate([starts, starts + lengths])))
 

@@ -7,7 +7,7 @@ result against a text with everything in it that a tokenizer may drop.
 """
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -20,29 +20,18 @@ _PROBE = "The End:  one\ttwo\n\n    three, Füße 语言 🙂 42%."
 _SHOWN = (*range(33, 127), *range(161, 173), *range(174, 256))
 
 
-def token_pieces(backend: str, size: int, special_ids: Collection[int]) -> list[bytes]:
-    """The bytes of each id below `size`, for the JSON of a tokenizer; b"" for special tokens and ids nobody uses."""
-    content = json.loads(backend)
-    read = token_reader(content)
+def token_pieces(tokenizer: Tokenizer, size: int, silent_ids: Iterable[int]) -> list[bytes]:
+    """The bytes of each id below `size`; b"" for those of `silent_ids` and those that nobody uses."""
+    content = json.loads(tokenizer.to_str())
+    read = _reader(content)
     pieces = [b""] * size
-    for token, index in Tokenizer.from_str(backend).get_vocab(with_added_tokens=False).items():
+    for token, index in tokenizer.get_vocab(with_added_tokens=False).items():
         pieces[index] = read(token)
     for added in content["added_tokens"]:
         pieces[added["id"]] = added["content"].encode()  # stands in the text as it is written
-    for index in special_ids:
+    for index in silent_ids:
         pieces[index] = b""
     return pieces
-
-
-def token_reader(backend: dict[str, Any]) -> Callable[[str], bytes]:
-    """A function from a token as the vocabulary spells it to the bytes of text it stands for."""
-    kinds = _component_kinds(backend["decoder"]) | _component_kinds(backend["pre_tokenizer"])
-    if "ByteLevel" in kinds:
-        return _byte_level
-    if backend["model"].get("byte_fallback") or kinds & {"Metaspace", "ByteFallback"}:
-        return _sentencepiece
-    prefix = backend["model"].get("continuing_subword_prefix") or ""
-    return lambda token: token.removeprefix(prefix).encode()
 
 
 def refuse_lost_text(encoder: Tokenizer, pieces: list[bytes], name: str) -> None:
@@ -56,6 +45,17 @@ def refuse_lost_text(encoder: Tokenizer, pieces: list[bytes], name: str) -> None
             f"{said.decode(errors='replace')!r}), so nothing can be aligned with it; tokenizers that keep every byte "
             "can (byte-level BPE, sentencepiece)"
         )
+
+
+def _reader(backend: dict[str, Any]) -> Callable[[str], bytes]:
+    """A function from a token as the vocabulary spells it to the bytes of text it stands for."""
+    kinds = _component_kinds(backend["decoder"]) | _component_kinds(backend["pre_tokenizer"])
+    if "ByteLevel" in kinds:
+        return _byte_level
+    if backend["model"].get("byte_fallback") or kinds & {"Metaspace", "ByteFallback"}:
+        return _sentencepiece
+    prefix = backend["model"].get("continuing_subword_prefix") or ""
+    return lambda token: token.removeprefix(prefix).encode()
 
 
 def _byte_level(token: str) -> bytes:

@@ -16,6 +16,11 @@ from cheaptrain.errors import PreflightError
 _SHOWN = 5
 
 
+def is_same(ours: Mapping[str, int], theirs: Mapping[str, int]) -> bool:
+    """Whether each id of `ours` (token → id) is the same token in `theirs`."""
+    return ours.items() <= theirs.items()
+
+
 def refuse_other_tokenizer(ours: Mapping[str, int], theirs: Mapping[str, int], where: str) -> None:
     """Raise PreflightError, showing the first ids, unless each id of `ours` (token → id) is the same token in `theirs`,
     the tokenizer of the teacher `where`."""

@@ -87,8 +87,11 @@ class TextTokenizer:
 
     def token_bytes(self) -> NDArray[np.int32]:
         """Bytes of text that each id stands for, int32 [size]; 0 for special tokens and ids that do not exist."""
-        pieces = token_pieces(self._backend, self.size, self.silent_ids)
-        return np.fromiter(map(len, pieces), np.int32, self.size)
+        return np.fromiter(map(len, self.pieces()), np.int32, self.size)
+
+    def pieces(self) -> list[bytes]:
+        """The bytes of text that each id stands for, [size]; b"" for special tokens and ids that do not exist."""
+        return token_pieces(self.hf.backend_tokenizer, self.size, self.silent_ids)
 
 
 def load_tokenizer(spec: schema.Tokenizer, data: schema.Data, chat: schema.Chat | None = None) -> TextTokenizer:

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cheaptrain.durable import write_json
+from cheaptrain.model.saving import no_progress_bars
 
 PROBE = "probe.json"  # in the run folder
 _AT_ONCE = 64
@@ -34,7 +35,8 @@ class Marks:
 
 def marks_of_checkpoint(folder: Path, questions: Sequence[tuple[str, int]], max_new_tokens: int) -> Marks:
     """Put the questions to the checkpoint in `folder`, as it lies on the disk."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return marks(model, AutoTokenizer.from_pretrained(folder), questions, max_new_tokens)
 
 

@@ -317,6 +317,14 @@ class Distill(Section):
             yield Clash('jsd_beta needs divergence = "jsd"', ("jsd_beta", "divergence"))
         if self.cache is not None and self.top_k is None:
             yield Clash("a cache holds top_k tokens a position: say how many", ("cache", "top_k"))
+        if self.tokenizers == "align":
+            for key, given in (("top_k", self.top_k), ("cache", self.cache)):
+                if given is not None:
+                    yield Clash(
+                        'tokenizers = "align" learns how likely a span of text is, not which tokens are: it takes no '
+                        f"{key}",
+                        (key, "tokenizers"),
+                    )
 
 
 class Lora(Section):

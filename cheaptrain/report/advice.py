@@ -114,7 +114,8 @@ def _data(report: PlanReport) -> Iterator[str]:
 
 def _training(report: PlanReport) -> Iterator[str]:
     resolved, config = report.outlook.resolved, report.config
-    if resolved is not None and resolved.tokens_per_parameter is not None and resolved.tokens_per_parameter < 1:
+    fresh = report.recipe.model.init_from is None  # weights that are there have been trained before
+    if fresh and resolved and resolved.tokens_per_parameter is not None and resolved.tokens_per_parameter < 1:
         yield f"{resolved.tokens_per_parameter:.2g} tokens a parameter: less than 1, against 20 of Chinchilla"
     if resolved is not None and resolved.warmup_tokens > _LONG_WARMUP * resolved.tokens:
         yield f"warm-up takes {resolved.warmup_tokens / resolved.tokens:.0%} of the run"

@@ -8,21 +8,23 @@ measurement it is a stub that hands out tensors of the right shapes.
 from dataclasses import dataclass, replace
 
 import torch
-from cheaptrain_kernels import DistillationLoss, TeacherHead, TopK
+from cheaptrain_kernels import DistillationLoss, SpanWord, TeacherHead, TopK
 from transformers import PreTrainedConfig
 
 from cheaptrain.data.rows import RowBatch
 from cheaptrain.model.facts import model_facts
 from cheaptrain.recipe.length import ModelFacts
-from cheaptrain.recipe.schema import Distill, Model
+from cheaptrain.recipe.schema import Distill
+from cheaptrain.train.aligned import AlignedDistillation
 from cheaptrain.train.distillation import Distillation, distillation_loss
-from cheaptrain.train.teacher import teacher_config
+from cheaptrain.train.objective import Objective
+from cheaptrain.train.teacher import TeacherShape, teacher_config
 
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
     """`config` and `facts` of the teacher; None: it is read from a cache. `quantised`: layers at one byte a number,
-    whole on every process."""
+    whole on every process. `aligned`: its tokens are others, and it is asked about spans."""
 
     config: PreTrainedConfig | None
     facts: ModelFacts | None
@@ -31,6 +33,7 @@ class Lesson:
     vocab: int
     top_k: int | None
     quantised: bool
+    aligned: bool = False
 
     @property
     def flops_per_token(self) -> float:
@@ -44,8 +47,10 @@ class Lesson:
         config = type(self.config).from_dict(self.config.to_dict() | {"vocab_size": rows})
         return replace(self, config=config)
 
-    def stub(self, processes_of_head: int) -> Distillation:
+    def stub(self, processes_of_head: int) -> Objective:
         """The objective, with a teacher that only has shapes. Call under the mode of fake tensors."""
+        if self.aligned:
+            return AlignedDistillation(_spans, self.loss, self.vocab)
         if self.config is None:
             return Distillation(self._read, self.loss, self.vocab)
         width = self.config.hidden_size
@@ -61,21 +66,31 @@ class Lesson:
         return TopK(torch.zeros(tokens, k, dtype=torch.int32), torch.zeros(tokens, k), torch.zeros(tokens))
 
 
-def lesson_of(distill: Distill, teacher: Model | None, *, vocab_size: int, seq_len: int, on_gpu: bool) -> Lesson | None:
-    """What a recipe's teacher amounts to; `teacher` is where its shape comes from, None where it is not known. Raises
-    RecipeError where it cannot read the rows."""
+def _spans(batch: RowBatch) -> SpanWord:
+    """As many as there can be: every token is one."""
+    tokens = batch.labels.numel()
+    return SpanWord(torch.arange(tokens), torch.ones(tokens, dtype=torch.int64), torch.zeros(tokens))
+
+
+def lesson_of(
+    distill: Distill, teacher: TeacherShape | None, *, vocab_size: int, seq_len: int, on_gpu: bool
+) -> Lesson | None:
+    """What a recipe's teacher amounts to; `teacher`: None where it is not known. Raises RecipeError where it cannot
+    read the rows."""
     if distill.cache is not None:
         return Lesson(None, None, torch.float32, distillation_loss(distill), vocab_size, distill.top_k, False)
     if teacher is None:
         return None
-    config = teacher_config(teacher, vocab_size=vocab_size, seq_len=seq_len)
+    asked, row = teacher.vocab_size or vocab_size, teacher.row(seq_len)
+    config = teacher_config(teacher.model, vocab_size=asked, seq_len=row)
     bf16 = distill.precision == "bf16" or (on_gpu and distill.precision != "fp32")
     return Lesson(
         config=config,
-        facts=model_facts(teacher, vocab_size=vocab_size, seq_len=seq_len),
+        facts=model_facts(teacher.model, vocab_size=asked, seq_len=row),
         dtype=torch.bfloat16 if bf16 else torch.float32,
         loss=distillation_loss(distill),
         vocab=vocab_size,
         top_k=distill.top_k,
         quantised=distill.precision in ("int8", "fp8"),
+        aligned=distill.tokenizers == "align",
     )

@@ -83,7 +83,8 @@ def _model(report: PlanReport) -> Iterator[str]:
         yield f"adapters of rank {lora.rank}: {facts.adapters:,} numbers train, and no weight of the model"
     vocab = report.outlook.vocab_size
     yield f"vocabulary {config.vocab_size:,}" + (f", of which the tokenizer uses {vocab:,}" if vocab else "")
-    if resolved is not None and resolved.tokens_per_parameter is not None:
+    fresh = report.recipe.model.init_from is None  # later stages add to what was trained before
+    if fresh and resolved is not None and resolved.tokens_per_parameter is not None:
         yield f"{human(resolved.tokens_per_parameter)} tokens a parameter (Chinchilla: {_CHINCHILLA})"
 
 
@@ -97,6 +98,8 @@ def _teacher(report: PlanReport) -> Iterator[str]:
         known = f" ({kind}): {lesson.facts.parameters:,} parameters"
     yield f"{distill.teacher}{known}"
     learnt = "the whole vocabulary" if distill.top_k is None else f"its {distill.top_k:,} likeliest tokens and the rest"
+    if distill.tokenizers == "align":
+        learnt = "spans of text that both tokenizers cut alike"
     mixed = "" if distill.alpha == 1 else f", {distill.alpha:g} of the loss, the rest cross-entropy"
     yield from _wrapped(f"{distill.divergence} over {learnt} at temperature {distill.temperature:g}{mixed}")
 

@@ -161,7 +161,7 @@ def _spared(outlook: Outlook) -> float | None:
     distill, teacher = outlook.recipe.distill, outlook.teacher
     if distill is None or distill.cache is None or teacher is None or outlook.vocab_size is None:
         return None
-    facts = model_facts(teacher, vocab_size=outlook.vocab_size, seq_len=outlook.recipe.data.seq_len)
+    facts = model_facts(teacher.model, vocab_size=outlook.vocab_size, seq_len=outlook.recipe.data.seq_len)
     return facts.flops_per_token / 3
 
 

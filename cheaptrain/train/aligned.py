@@ -1,9 +1,8 @@
 """The objective of a student whose teacher has another tokenizer: what both say of the spans of text they share.
 
-The loader has cut the rows into spans and laid out the same text for the teacher (`data/align.py`). The teacher is asked
-first, so that nothing of its pass is alive when the student's begins but one number a span. Where both have one
-tokenizer this is refused: a probability for each span is far less than one for each token of the vocabulary, so
-`tokenizers = "same"` is what is wanted there.
+The loader has cut the rows into spans and laid out the same text for the teacher (`data/align.py`). The teacher is
+asked first, so that nothing of its pass is alive when the student's begins but one number a span. Processes that share
+rows or a head are refused: a span may lie across what each of them has.
 """
 
 from collections.abc import Callable
@@ -21,12 +20,9 @@ from cheaptrain_kernels import (
 from transformers import PreTrainedModel
 
 from cheaptrain.data.rows import RowBatch
-from cheaptrain.data.tokenizer import TextTokenizer, open_tokenizer
 from cheaptrain.errors import CheaptrainError, PreflightError
-from cheaptrain.model.hub import model_folder
 from cheaptrain.model.parts import head
 from cheaptrain.recipe.layout import Layout
-from cheaptrain.recipe.parents import teacher_model
 from cheaptrain.recipe.schema import Distill
 from cheaptrain.train.objective import Compute, Sums, Taught, flat_weights, hidden_states
 from cheaptrain.train.teacher import Teacher
@@ -85,13 +81,8 @@ class TeacherOfSpans:
         return SpanWord(aligned.student_positions, aligned.student_lengths, log_p)
 
 
-def teacher_tokenizer(distill: Distill) -> TextTokenizer:
-    """The tokenizer that lies beside the teacher. Raises PreflightError where there is none, or no teacher yet."""
-    return open_tokenizer(str(model_folder(teacher_model(distill))), origin="the tokenizer of distill.teacher")
-
-
 def refuse_layout(distill: Distill, layout: Layout) -> None:
-    """Raise PreflightError for processes that share rows or a head: spans lie across what each of them has."""
+    """Raise PreflightError for processes that share rows or a head."""
     if distill.tokenizers != "align":
         return
     for name, size in (("tp", layout.tp), ("cp", layout.cp)):

@@ -24,6 +24,7 @@ from cheaptrain.recipe.identity import identity
 from cheaptrain.recipe.layout import Layout
 from cheaptrain.recipe.load import LoadedRecipe
 from cheaptrain.recipe.parents import PARENT_KEYS, parents, written_in
+from cheaptrain.train.aligned import refuse_layout
 from cheaptrain.train.cached_teacher import cache_of
 from cheaptrain.train.lineage import changed_since
 from cheaptrain.train.metrics import refuse_missing_trackers
@@ -120,15 +121,18 @@ def _cannot_be_laid_out(survey: Survey) -> Iterator[str]:
     try:
         if (distill := survey.loaded.recipe.distill) is not None:
             refuse_top_k(distill, layout.tp)
+            refuse_layout(distill, layout)
             if distill.cache is not None:
                 cache_of(survey)
     except (PreflightError, RecipeError) as error:
         yield str(error)
-    if survey.teacher is None:
+    if (teacher := survey.teacher) is None:
         return
     try:
         with speaking_of_the_teacher():
-            _lay_out(teacher_config(survey.teacher, vocab_size=survey.tokenizer.size, seq_len=seq_len), seq_len, layout)
+            row = teacher.row(seq_len)
+            vocab_size = teacher.vocab_size or survey.tokenizer.size
+            _lay_out(teacher_config(teacher.model, vocab_size=vocab_size, seq_len=row), row, layout)
     except (PreflightError, RecipeError) as error:
         yield str(error)
 

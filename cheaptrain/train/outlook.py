@@ -25,6 +25,7 @@ from cheaptrain.recipe.resolve import Resolved, resolve
 from cheaptrain.recipe.schema import Model, Recipe
 from cheaptrain.recipe.shares import overread_sources, shares_of_run, weighted
 from cheaptrain.train.survey import Survey, origin, teacher_origin, written_by
+from cheaptrain.train.teacher import TeacherShape
 
 # Vocabularies that presets were published with, by the beginning of their names: for a tokenizer that is not here yet.
 _PUBLISHED_VOCABULARY = {
@@ -54,7 +55,7 @@ class Outlook:
     resolved: Resolved | None
     world_size: int
     open_questions: tuple[str, ...] = ()
-    teacher: Model | None = None  # where its shape comes from, if there is one and it is known
+    teacher: TeacherShape | None = None  # if there is one and it is known
 
     @property
     def recipe(self) -> Recipe:
@@ -131,7 +132,7 @@ def _tokenizer(recipe: Recipe, earlier: Sequence[Outlook], gaps: list[str]) -> T
 
 def _teacher(
     recipe: Recipe, tokenizer: TextTokenizer | None, earlier: Sequence[Outlook], gaps: list[str]
-) -> Model | None:
+) -> TeacherShape | None:
     try:
         return teacher_origin(recipe.distill, tokenizer, earlier)
     except (PreflightError, RecipeError):

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from cheaptrain.checkpoint.jsonl import JsonLines
 from cheaptrain.checkpoint.load import load_state_into
 from cheaptrain.checkpoint.rundir import OpenedRun
+from cheaptrain.data.align import Aligner
 from cheaptrain.data.loader import Loader, validation_batches
 from cheaptrain.data.open import open_held_out, open_rows
 from cheaptrain.data.rows import RowBatch
@@ -41,6 +42,7 @@ from cheaptrain.parallel.watch import Watch
 from cheaptrain.recipe.layout import Layout
 from cheaptrain.recipe.schema import Model
 from cheaptrain.say import say
+from cheaptrain.train.aligned import AlignedDistillation, TeacherOfSpans
 from cheaptrain.train.alike import refuse_other_beginnings
 from cheaptrain.train.cached_teacher import CachedTeacher, cache_of
 from cheaptrain.train.distillation import Distillation, distillation_loss
@@ -52,7 +54,7 @@ from cheaptrain.train.saving import begin_saving
 from cheaptrain.train.signals import StopRequest
 from cheaptrain.train.space import checkpoint_bytes, checkpoints_at_once
 from cheaptrain.train.stage import Stage
-from cheaptrain.train.survey import Survey, mixture_order
+from cheaptrain.train.survey import Survey, mixture_order, teacher_tokenizer
 from cheaptrain.train.teacher import load_teacher, refuse_top_k
 from cheaptrain.units import size
 
@@ -256,16 +258,20 @@ def _objective(
             raise PreflightError(f"{cache.folder} is not the same on all machines: keep it where all of them see it")
         return Distillation(CachedTeacher(cache, compute.context).says, loss, vocab)
     watch.beat("loading the teacher", 0)
+    assert survey.teacher is not None
+    asked, aligned = survey.teacher.vocab_size or vocab, recipe.distill.tokenizers == "align"
     teacher = load_teacher(
         recipe.distill,
-        vocab_size=vocab,
+        vocab_size=asked,
         head_rows=head_rows,
-        seq_len=recipe.data.seq_len,
+        seq_len=survey.teacher.row(recipe.data.seq_len),
         mesh=mesh,
         processes=processes,
         compute=compute,
-        compile_layers=compile_layers,
+        compile_layers=compile_layers and not aligned,  # its rows are of another shape in every batch
     )
+    if aligned:
+        return AlignedDistillation(TeacherOfSpans(teacher, asked).says, loss, vocab)
     return Distillation(teacher.says, loss, vocab)
 
 
@@ -283,7 +289,15 @@ def _loader(survey: Survey, mesh: DeviceMesh) -> Loader:
         data_rank=data_rank(mesh),
         data_parallel=resolved.layout.data_parallel,
         by_example=recipe.train.loss_weighting == "example",
+        aligner=_aligner(survey),
     )
+
+
+def _aligner(survey: Survey) -> Aligner | None:
+    distill, teacher = survey.loaded.recipe.distill, survey.teacher
+    if distill is None or distill.tokenizers != "align" or teacher is None or teacher.longest is None:
+        return None
+    return Aligner(survey.tokenizer, teacher_tokenizer(distill), teacher.longest)
 
 
 def _proof_ids(loader: Loader, layout: Layout) -> Tensor:
@@ -312,8 +326,13 @@ def _flops_per_token(survey: Survey) -> float:
     """Of training, and of a teacher's forward pass: a third of what training it would take."""
     if survey.teacher is None:
         return survey.facts.flops_per_token
-    teacher = model_facts(survey.teacher, vocab_size=survey.tokenizer.size, seq_len=survey.resolved.seq_len)
-    return survey.facts.flops_per_token + teacher.flops_per_token / 3
+    teacher = survey.teacher
+    facts = model_facts(
+        teacher.model,
+        vocab_size=teacher.vocab_size or survey.tokenizer.size,
+        seq_len=teacher.row(survey.resolved.seq_len),
+    )
+    return survey.facts.flops_per_token + facts.flops_per_token / 3
 
 
 def _peak(device: torch.device) -> float | None:

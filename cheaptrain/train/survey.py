@@ -12,11 +12,12 @@ from typing import Protocol, TypeVar
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 
+from cheaptrain.data.align import refuse_unalignable
 from cheaptrain.data.manifest import Manifest, load_manifest
 from cheaptrain.data.open import source_facts
 from cheaptrain.data.order import MixtureOrder
-from cheaptrain.data.same_tokenizer import refuse_other_tokenizer, vocabulary_in
-from cheaptrain.data.tokenizer import TextTokenizer, extends, load_tokenizer
+from cheaptrain.data.same_tokenizer import is_same, refuse_other_tokenizer, vocabulary_in
+from cheaptrain.data.tokenizer import TextTokenizer, extends, load_tokenizer, open_tokenizer
 from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.model.config import model_config, vocabulary_growth
 from cheaptrain.model.facts import model_facts
@@ -27,7 +28,7 @@ from cheaptrain.recipe.parents import parents, teacher_model, written_in
 from cheaptrain.recipe.resolve import Resolved, resolve
 from cheaptrain.recipe.schema import Distill, Model, Recipe
 from cheaptrain.recipe.shares import SourceFacts, shares_of_run, weighted
-from cheaptrain.train.teacher import speaking_of_the_teacher
+from cheaptrain.train.teacher import TeacherShape, longest_row, speaking_of_the_teacher
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Survey:
     facts: ModelFacts
     resolved: Resolved
     config: PreTrainedConfig  # of the model as it starts
-    teacher: Model | None = None  # where the shape of the teacher comes from, if one is loaded
+    teacher: TeacherShape | None = None  # if one is loaded
 
     @property
     def positions(self) -> int:
@@ -141,19 +142,18 @@ def origin(model: Model, tokenizer: TextTokenizer | None, earlier: Sequence[Plan
 
 def teacher_origin(
     distill: Distill | None, tokenizer: TextTokenizer | None, earlier: Sequence[Planned]
-) -> Model | None:
+) -> TeacherShape | None:
     """The teacher's model to take the facts from: an earlier stage's own when its checkpoint does not exist yet. None:
     no teacher.
 
-    Raises PreflightError when it is not here, or does not mean the same by each id of the tokenizer.
+    Raises PreflightError when it is not here, or does not mean the same by each id of the tokenizer; RecipeError when
+    it does and was to be aligned.
     """
     if distill is None:
         return None
-    if distill.tokenizers == "align":
-        raise RecipeError(
-            'distill.tokenizers = "align" cannot be had: leave it out, and take a teacher with this recipe\'s tokenizer'
-        )
     model = teacher_model(distill)
+    if distill.tokenizers == "align":
+        return _aligned_teacher(distill, tokenizer, earlier)
     if before := written_by(distill.teacher, earlier):
         theirs = before.tokenizer.hf.get_vocab() if before.tokenizer else None
     else:
@@ -161,7 +161,38 @@ def teacher_origin(
             theirs = vocabulary_in(model_folder(model))
     if tokenizer is not None and theirs is not None:
         refuse_other_tokenizer(tokenizer.hf.get_vocab(), theirs, distill.teacher)
-    return origin(model, None, earlier)
+    return TeacherShape(origin(model, None, earlier), tokenizer.size if tokenizer else None)
+
+
+def _aligned_teacher(distill: Distill, tokenizer: TextTokenizer | None, earlier: Sequence[Planned]) -> TeacherShape:
+    """The same of a teacher with another tokenizer. That its tokens add up to the text is seen here already."""
+    model = teacher_model(distill)
+    if before := written_by(distill.teacher, earlier):
+        theirs = before.tokenizer
+    else:
+        with speaking_of_the_teacher():
+            theirs = teacher_tokenizer(distill)
+            if growth := vocabulary_growth(model, theirs.size):
+                raise PreflightError(
+                    f"distill.teacher: its tokenizer has {theirs.size:,} tokens, its embedding {growth.rows_before:,} "
+                    "rows: put the tokenizer there that it was trained with"
+                )
+    if tokenizer is not None and theirs is not None:
+        if is_same(tokenizer.hf.get_vocab(), theirs.hf.get_vocab()):
+            raise RecipeError(
+                'distill.tokenizers = "align": the teacher has all tokens of this recipe, and token by token it '
+                'teaches more than span by span: leave it out, or set "same"'
+            )
+        refuse_unalignable((tokenizer, "tokenizer"), (theirs, "distill.teacher"))
+    shape = origin(model, None, earlier)
+    with speaking_of_the_teacher():
+        config = model_config(shape, vocab_size=theirs.size if theirs else 1, seq_len=1)
+    return TeacherShape(shape, theirs.size if theirs else None, longest_row(config))
+
+
+def teacher_tokenizer(distill: Distill) -> TextTokenizer:
+    """The tokenizer that lies beside the teacher. Raises PreflightError where there is none, or no teacher yet."""
+    return open_tokenizer(str(model_folder(teacher_model(distill))), origin="the tokenizer of distill.teacher")
 
 
 _Stage = TypeVar("_Stage", bound=Planned)

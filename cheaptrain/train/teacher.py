@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from cheaptrain.data.rows import RowBatch
 from cheaptrain.errors import CheaptrainError, PreflightError, RecipeError
+from cheaptrain.model.attention import unsupported_attention
 from cheaptrain.model.build import build_model
 from cheaptrain.model.config import model_config
 from cheaptrain.model.parts import decoder_layers, head
@@ -34,6 +35,7 @@ from cheaptrain.recipe.schema import Distill, Model
 from cheaptrain.train.objective import Compute, hidden_states
 
 _FP8 = (8, 9)  # compute capability from which on a GPU has it
+_UNBOUNDED = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,30 @@ class Teacher:
         with torch.no_grad():
             hidden, weight = self.root(_read, batch, self.compute)
         return TeacherHead(hidden, weight, self.top_k)
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """What is known of a teacher before it is loaded: where its shape comes from, how many tokens it is asked about
+    (None: not known), and, where it reads rows of its own, how long they are at most (`longest_row`)."""
+
+    model: Model
+    vocab_size: int | None
+    longest: int | None = None
+
+    def row(self, seq_len: int) -> int:
+        """Tokens of its rows, for a student with rows of `seq_len`."""
+        return seq_len if self.longest is None else min(seq_len, self.longest)
+
+
+def longest_row(config: PreTrainedConfig) -> int:
+    """Tokens that a model can read at once: its positions, and no more than its attention looks back."""
+    longest = getattr(config, "max_position_embeddings", None) or _UNBOUNDED
+    for name in ("sliding_window", "attention_chunk_size"):
+        window = getattr(config, name, None)
+        if window is not None and window < longest and unsupported_attention(config, longest):
+            longest = window
+    return int(longest)
 
 
 def teacher_config(model: Model, *, vocab_size: int, seq_len: int) -> PreTrainedConfig:

@@ -19,15 +19,22 @@ from cheaptrain.train.chain import run_chain
 from cheaptrain.train.survey import survey
 
 ROOT = Path(__file__).parents[2]
-PHASES = ("recipes/quickstart/phase1.toml", "recipes/quickstart/phase2.toml")
+STAGES = ("teacher", "phase1", "phase2", "midtrain", "sft_general", "sft_reasoning")
+RECIPES = {stage: ROOT / "recipes" / "quickstart" / f"{stage}.toml" for stage in STAGES}
 GOLDEN = Path(__file__).parent / "quickstart.json"
 
 
 def prepared_phase1() -> tuple[LoadedRecipe, dict[str, str]]:
     """Prepare phase 1 in the working directory; the recipe and the hash of every source."""
-    loaded = load_recipe(ROOT / PHASES[0])
+    loaded = load_recipe(RECIPES["phase1"])
     prepare_recipe(loaded.recipe, console=Console(quiet=True))
     return loaded, {name: manifest.fingerprint for name, manifest in survey(loaded, 1).manifests.items()}
+
+
+def prepare_sft() -> None:
+    """Prepare the conversations of the last stages."""
+    for stage in ("sft_general", "sft_reasoning"):
+        prepare_recipe(load_recipe(RECIPES[stage]).recipe, console=Console(quiet=True))
 
 
 def curve(run: Path) -> dict[str, list[Any]]:
@@ -40,13 +47,14 @@ def curve(run: Path) -> dict[str, list[Any]]:
 
 
 def main() -> None:
-    """Run both phases and write the file."""
+    """Run all stages and write the file."""
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         _, data = prepared_phase1()
-        run_chain([str(ROOT / phase) for phase in PHASES], [])
-        phases = {name: curve(Path("outputs/quickstart") / name) for name in ("phase1", "phase2")}
-    GOLDEN.write_text(json.dumps({"data": data, **phases}, indent=1) + "\n", encoding="utf-8")
+        prepare_sft()
+        run_chain([str(path) for path in RECIPES.values()], [])
+        stages = {stage: curve(Path("outputs/quickstart") / stage) for stage in STAGES}
+    GOLDEN.write_text(json.dumps({"data": data, **stages}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
