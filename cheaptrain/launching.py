@@ -156,7 +156,11 @@ def recipe_environment(recipes: Sequence[LoadedRecipe]) -> dict[str, str]:
 
 def apply_environment(recipes: Sequence[LoadedRecipe]) -> None:
     """Make `[env]` the environment of this process. Where a value is new the process starts itself again, because
-    libraries read theirs when they are loaded, some before the first line of Python. Returns when all is set."""
+    libraries read theirs when they are loaded, some before the first line of Python. Returns when all is set.
+
+    Unless somebody says otherwise, OpenMP threads that wait sleep: spinning, those of one training process took six
+    times as long for a step as soon as anything else ran on the same cores (docs/log.md)."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     wanted = {name: value for name, value in recipe_environment(recipes).items() if os.environ.get(name) != value}
     os.environ.update(wanted)
     if wanted and ENV_APPLIED not in os.environ:  # once: Python changes some itself when it starts, LC_CTYPE for one

@@ -485,3 +485,21 @@ def test_env_of_a_recipe_comes_too_late_for_what_reads_it_at_the_start(tmp_path:
         outputs.append(done.stdout.splitlines())
     first, second, hashed = outputs[0]
     assert first == second and hashed.endswith("['x y']") and hashed == outputs[1][-1]
+
+
+@pytest.mark.parametrize("own", [None, "ACTIVE"])
+def test_threads_that_wait_take_the_cores_from_whoever_works(own: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os, sys\nfrom cheaptrain.launching import apply_environment\napply_environment([])\n"
+            "print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])",
+        ],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"OMP_WAIT_POLICY": own} if own else {}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["False", own or "PASSIVE"]  # torch, once there, has read it
