@@ -10,9 +10,9 @@ import json
 from cheaptrain.checkpoint.paths import RunDirectory
 from cheaptrain.data.sources.drills import held_out_questions
 from cheaptrain.evaluate.sums import PROBE, Marks, keep_marks, marks, marks_of_checkpoint, read_marks
-from cheaptrain.model.build import build_model
 from cheaptrain.model.twin import plain_twin
 from cheaptrain.recipe.schema import Recipe
+from cheaptrain.train.setup import model_of
 from cheaptrain.train.survey import Survey
 
 
@@ -21,16 +21,8 @@ def probe_before(survey: Survey, run: RunDirectory) -> None:
     recipe, tokenizer = survey.loaded.recipe, survey.tokenizer
     if recipe.probe is None or marks_in(run)[0] is not None:
         return
-    model = build_model(
-        recipe.model,
-        vocab_size=tokenizer.size,
-        seq_len=recipe.data.seq_len,
-        seed=recipe.seed,
-        eot_id=tokenizer.eot_id,
-        bos_id=tokenizer.bos_id,
-        end_of_turn_id=tokenizer.end_of_turn_id,
-    )
-    before = marks(plain_twin(model), tokenizer.hf, _questions(recipe), recipe.probe.max_new_tokens)
+    model = plain_twin(model_of(survey, recipe.model, "cpu"))
+    before = marks(model, tokenizer.hf, _questions(recipe), recipe.probe.max_new_tokens)
     keep_marks(run.path, before, None)
 
 

@@ -209,11 +209,18 @@ def compute_of(survey: Survey, processes: Processes, mesh: DeviceMesh) -> Comput
 
 
 def _model(survey: Survey, opened: OpenedRun, processes: Processes) -> PreTrainedModel:
-    recipe, tokenizer = survey.loaded.recipe, survey.tokenizer
+    recipe = survey.loaded.recipe
     spec = recipe.model
     # Adapters go on beside the weights they began with; the checkpoint's have them merged.
     if opened.checkpoint is not None and recipe.lora is None:
         spec = Model(init_from=str(opened.checkpoint.path), vocab_multiple=recipe.model.vocab_multiple)
+    # One of many takes its share of the weights from memory that no GPU has to have.
+    return model_of(survey, spec, processes.device if processes.size == 1 else "cpu")
+
+
+def model_of(survey: Survey, spec: Model, device: torch.device | str) -> PreTrainedModel:
+    """The model of `spec`, for the tokenizer and the rows of a stage."""
+    recipe, tokenizer = survey.loaded.recipe, survey.tokenizer
     return build_model(
         spec,
         vocab_size=tokenizer.size,
@@ -222,8 +229,7 @@ def _model(survey: Survey, opened: OpenedRun, processes: Processes) -> PreTraine
         eot_id=tokenizer.eot_id,
         bos_id=tokenizer.bos_id,
         end_of_turn_id=tokenizer.end_of_turn_id,
-        # One of many takes its share of the weights from memory that no GPU has to have.
-        device=processes.device if processes.size == 1 else "cpu",
+        device=device,
     )
 
 
