@@ -33,13 +33,15 @@ def prepare(
     from cheaptrain.data.prepare import prepare_recipe
     from cheaptrain.model.hub import fetch_model, is_future_checkpoint
     from cheaptrain.recipe.load import load_recipes
-    from cheaptrain.recipe.parents import teacher_model
+    from cheaptrain.recipe.parents import teacher_model, written_in
 
     paths, overrides = _split(arguments)
     part = _parse_shard(shard)
-    for recipe in [loaded.recipe for loaded in load_recipes(paths, overrides)]:
+    recipes = load_recipes(paths, overrides)
+    for recipe in [loaded.recipe for loaded in recipes]:
         for model in (recipe.model, *([teacher_model(recipe.distill)] if recipe.distill else [])):
-            if not is_future_checkpoint(model):
+            # "phase1/final" looks like a hub id, and is what another of these recipes writes.
+            if not is_future_checkpoint(model) and not any(written_in(model.init_from, other) for other in recipes):
                 fetch_model(model)
         prepare_recipe(recipe, part, console=_console())
 

@@ -245,6 +245,7 @@ def _outcome(name: str, **more: Any) -> Outcome:
     validations = ({"val/loss": 3.0, "val/bpb": 1.5}, {"val/loss": 2.25, "val/bpb": 1.125})
     given = {"state": "trained", "tokens": 1000, "seconds": 65.0, "from_step": 0, "validations": validations}
     given |= {"agreements": (), "samples": (), "run": RunDirectory(Path(name)), "answers_only": False, "talks": False}
+    given |= {"marks": (None, None)}
     return Outcome(name=name, **(given | more))
 
 

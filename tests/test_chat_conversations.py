@@ -71,11 +71,20 @@ def test_one_conversation_in_other_columns_is_another(row: dict[str, Any], expec
         (None, "holds a NoneType|holds nothing"),
         ([{**U, "content": [{"type": "image"}]}, A], "turn 1 holds a list, not text"),
         ([U, {**A, "tool_calls": [{"function": {}}]}], "calls a tool without a name"),
+        ([U, {**A, "tool_calls": [{"name": "f", "arguments": {"x": "\ud800"}}]}], "turn 2: a call cannot be written"),
+        ([{**U, "tool_calls": [CALL]}, A], "turn 1: the user calls a tool"),
+        ([U, {**A, "function_call": "f(1)"}], "not in the form of a conversation"),
     ],
 )
 def test_a_malformed_conversation_is_trained_on(messages: Any, why: str) -> None:
     with pytest.raises(Malformed, match=why):
         from_row({"messages": messages}, {"messages": "messages"})
+
+
+@pytest.mark.parametrize("column", [{"system": "\ud800"}, {"tools": [{"name": "\ud800"}]}])
+def test_half_a_character_beside_a_conversation_kills_the_worker(column: dict[str, Any]) -> None:
+    with pytest.raises(Malformed, match=r"half a surrogate pair|cannot be written"):
+        from_row({"messages": [U, A], **column}, {"messages": "messages", **{name: name for name in column}})
 
 
 def test_a_column_that_appears_late_is_dropped_silently(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def _compiled(rank: int, size: int, preset: str, backend: str) -> dict[str, int]
 @pytest.mark.parametrize(
     ("preset", "size", "backend"),
     [
-        ("tiny-qwen3", 2, "aot_eager"),
+        pytest.param("tiny-qwen3", 2, "aot_eager", marks=pytest.mark.slow),
         pytest.param("tiny-llama4", 4, "aot_eager", marks=pytest.mark.slow),
         *(
             pytest.param(preset, size, "inductor", marks=pytest.mark.slow)

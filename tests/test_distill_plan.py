@@ -15,7 +15,7 @@ from cheaptrain.report.lesson import Lesson
 from cheaptrain.report.measure import Measured, Setting, measure
 from cheaptrain.report.memory import host_memory, plan_memory
 from cheaptrain.report.pretend import as_one_of
-from cheaptrain.report.tracker import TEACHER
+from cheaptrain.report.tracker import LOSS, TEACHER
 
 torch.set_num_threads(1)
 SEQ, VOCAB, ALONE = 128, 3000, Layout()
@@ -104,6 +104,13 @@ def test_a_cached_teacher_takes_nothing_and_an_int8_one_half_of_bf16() -> None:
     assert facts is not None
     layers = facts.by_part["attention"] + facts.by_part["mlp"]
     assert whole.teacher - halved.teacher == pytest.approx(layers, rel=0.02)
+
+
+def test_a_teacher_of_spans_is_planned_with_a_loss_of_its_own() -> None:
+    tokens, spans = _measured(_lesson()), _measured(_lesson(aligned=True))
+    assert spans.teacher == tokens.teacher
+    of_loss = [max(moment.parts.get(LOSS, 0) for moment in found.moments) for found in (_measured(None), spans, tokens)]
+    assert of_loss[0] <= of_loss[1] < of_loss[2], "one model's logits at once, not two"
 
 
 def test_a_machine_holds_the_larger_of_student_and_teacher_while_they_are_read() -> None:

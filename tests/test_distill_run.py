@@ -115,6 +115,12 @@ def test_a_teacher_with_another_tokenizer_is_refused_before_step_0(folder: Path)
     assert "holds no tokenizer.json that can be read" in said
 
 
+def test_more_of_a_teacher_is_asked_than_it_has(folder: Path) -> None:
+    log = folder / "more.log"
+    assert run_child(train(_student(folder, "more-run", top_k=100_000)), log) == 2, tail(log)
+    assert "distill.top_k = 100,000: the tokenizer has" in tail(log)
+
+
 def test_a_teacher_too_short_for_the_rows_is_refused_before_step_0(folder: Path) -> None:
     teacher = folder / "short"
     teacher.mkdir()

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_helpers import chat_recipe
@@ -46,6 +47,29 @@ def test_held_out_sums_are_in_the_drills(digits: int) -> None:
     if digits == 1:  # all that are left are read, and all others can be asked
         assert text == every - held and 2 <= len(held) <= 12
     assert len(asked) == len(set(asked)) == (200 if digits == 2 else len(asked))
+
+
+@pytest.mark.parametrize(("digits", "operations"), [(2, ["+"]), (2, ["+", "*"]), (2, ["-"]), (3, ["+", "-", "*"])])
+def test_held_out_sums_stand_in_the_steps_of_others(digits: int, operations: Any) -> None:
+    drills = Drills(documents=1, digits=digits, seed=7, held_out=0.1, steps=True, operations=operations)
+    stated = set()
+    for number in range(3000):
+        for line in question(drills, number).turns[1].content.splitlines():
+            if found := re.match(r"(\d+) ([+*-]) (\d+) =", line):
+                a, sign, b = found.groups()
+                stated.add((sign, int(a), int(b)))
+                stated.add((sign, int(b), int(a)))
+    asked = held_out_questions(drills, 200)
+    signs = {"plus": "+", "minus": "-", "times": "*"}
+    for text, _ in asked:
+        a, sign, b = re.findall(r"(\d+) (\S+) (\d+)", text)[0]
+        assert (signs.get(sign, sign), int(a), int(b)) not in stated
+    assert len(asked) == 200
+
+
+def test_nothing_is_held_out_and_asked_all_the_same() -> None:
+    with pytest.raises(RecipeError, match="holds out no pair of operands of 1 digits"):
+        held_out_questions(Drills(documents=1, digits=1, held_out=0.001, operations=["+"]), 100)
 
 
 def test_held_out_answers_are_wrong_or_change_from_call_to_call() -> None:

@@ -163,10 +163,10 @@ def _alive(pid: int) -> bool:
 @pytest.mark.parametrize(
     "what, processes, code, said",
     [
-        ("all:refuse", 1, 3, "refused refuse, as asked"),
+        pytest.param("all:refuse", 1, 3, "refused refuse, as asked", marks=pytest.mark.slow),
         ("all:stop", 2, 75, "stopped stop, as asked"),
-        ("all:diverge", 2, 4, "diverged diverge, as asked"),
-        ("all:fail", 2, 1, "failed it failed"),
+        pytest.param("all:diverge", 2, 4, "diverged diverge, as asked", marks=pytest.mark.slow),
+        pytest.param("all:fail", 2, 1, "failed it failed", marks=pytest.mark.slow),
         ("0:sleep,1:recipe", 2, 2, "rank 1: recipe recipe, as asked"),
     ],
 )

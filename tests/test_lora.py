@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat_helpers import numbered_chats, write_chats
 from model_helpers import build, packed_logits, separate_logits, tokens
 from small_runs import (
     final_state,
@@ -151,7 +152,7 @@ def test_adapters_stopped_and_resumed_are_other_adapters(folder: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("layout", [["parallel.dp_shard=2"], ["parallel.cp=2"]])
+@pytest.mark.parametrize("layout", [["parallel.dp_shard=2"], pytest.param(["parallel.cp=2"], marks=pytest.mark.slow)])
 def test_adapters_on_more_processes_are_other_adapters(folder: Path, layout: list[str]) -> None:
     alone, name = adapted(folder, "alone", dropout=0.0), f"shared-{layout[0][9:11]}"
     shared = adapted(folder, name, dropout=0.0)
@@ -163,6 +164,26 @@ def test_adapters_on_more_processes_are_other_adapters(folder: Path, layout: lis
     ours, theirs = final_weights(folder / "alone"), final_weights(folder / name)
     for weight, other in ours.items():
         assert (theirs[weight] - other).abs().max() < 1e-4, weight
+
+
+def test_new_tokens_are_met_by_adapters_only_after_the_stage_before_is_trained(folder: Path) -> None:
+    table = recipe_table(folder, "before")
+    first = write_recipe(folder / "before.toml", table)
+    write_chats(folder / "chats.jsonl", numbered_chats(40))
+    table = recipe_table(folder, "after")
+    table["model"] = {"init_from": str(folder / "before" / "final")}
+    table["chat"], table["lora"] = {"template": "llama3", "max_dropped": 1.0, "max_cut": 1.0}, {"rank": 4}
+    chats = {"name": "chats", "files": str(folder / "chats.jsonl"), "format": "chat", "weight": 1.0, "max_epochs": 99.0}
+    table["data"] |= {
+        "seq_len": 256,
+        "sources": [chats, *({**source, "weight": 0} for source in table["data"]["sources"])],
+    }
+    table["train"] |= {"objective": "assistant_only", "global_batch_tokens": 512}
+    second, log = write_recipe(folder / "after.toml", table), folder / "chain.log"
+    prepare(second)
+    assert run_child(train(first, second), log) == 3, tail(log)
+    assert "[lora] trains no embedding" in tail(log).splitlines()[-1]
+    assert not (folder / "before" / "metrics.jsonl").exists()
 
 
 def test_adapters_go_on_from_another_model_or_another_rank(folder: Path) -> None:

@@ -219,7 +219,7 @@ def test_no_space_is_noticed_after_days_of_training(tmp_path: Path, monkeypatch:
     assert "10 MB free on this machine" in written.getvalue()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_remedy_for_too_little_memory_does_not_fit_either(tmp_path: Path, checkpointing: bool) -> None:
     keys = ["plan.gpu=L4", "model.preset=mobilellm-950m", "data.seq_len=2048", "train.steps=10"]
     keys += ["train.global_batch_tokens=262144", "train.micro_batch_size=64", "checkpoint.every=10 steps"]

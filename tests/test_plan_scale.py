@@ -145,11 +145,11 @@ def test_a_process_takes_other_memory_than_was_measured_without_any(layout: Layo
     ("kind", "layout", "recompute"),
     [
         ("qwen3", Layout(), False),
-        ("llama4", Layout(), True),
+        pytest.param("llama4", Layout(), True, marks=pytest.mark.slow),
         ("qwen3", Layout(dp_shard=2), False),
-        ("qwen3", Layout(dp_shard=2), True),
-        ("gpt2", Layout(dp_shard=2), False),
-        ("llama", Layout(tp=2), False),
+        pytest.param("qwen3", Layout(dp_shard=2), True, marks=pytest.mark.slow),
+        pytest.param("gpt2", Layout(dp_shard=2), False, marks=pytest.mark.slow),
+        pytest.param("llama", Layout(tp=2), False, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -221,7 +221,9 @@ def _in_turn(settings: list[Setting]) -> list[Measured]:
     return [measure(SMALL, setting) for setting in settings]
 
 
-@pytest.mark.parametrize("layout", [Layout(dp_shard=4), Layout(dp_shard=2, tp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(dp_shard=4), pytest.param(Layout(dp_shard=2, tp=2), marks=pytest.mark.slow)], ids=str
+)
 def test_what_was_measured_before_changes_what_is_measured(layout: Layout) -> None:
     here = [replace(PLAIN, layout=layout, micro_batch_size=n, accumulates=n < 4) for n in (1, 2, 4, 1)]
     first, *_, again = as_one_of(4, _in_turn, here)

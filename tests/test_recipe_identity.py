@@ -88,7 +88,13 @@ def test_a_run_from_before_an_optional_key_existed_is_another_run(tmp_path: Path
     for table, key in ((older["train"], "muon_lr"), (source, "column"), (older["model"], "config")):
         assert table.pop(key) is None
     assert identity_difference(older, now) == identity_difference(now, older) == []
+    for table, key in ((older["train"], "neftune_alpha"), (older["train"], "betas"), (source, "format")):
+        table.pop(key)
+    assert identity_difference(older, now) == identity_difference(now, older) == []
     older["train"]["lr"] = 1.0
     assert identity_difference(older, now) == ["train.lr: 1.0 -> 0.0003"]
+    noisy = identity(recipe(tmp_path, "train.neftune_alpha=5"))
+    older["train"]["lr"] = now["train"]["lr"]
+    assert identity_difference(older, noisy) == ["train.neftune_alpha: 0.0 -> 5.0"]
     assert identity_difference({}, {"data": {"sources": None}}) == []
     assert "data.seq_len: not set -> 64" in identity_difference({}, now)

@@ -104,7 +104,11 @@ def test_every_recipe_key_is_read_by_something(tmp_path: Path) -> None:
         "chat": {
             "model": {"preset": None, "init_from": str(tmp_path / "plain" / "final")},
             "data": {
-                "sources": [chats, asked, *({**source, "weight": 0} for source in recipe_table(tmp_path)["data"]["sources"])]
+                "sources": [
+                    chats,
+                    asked,
+                    *({**source, "weight": 0} for source in recipe_table(tmp_path)["data"]["sources"]),
+                ]
             },
             "chat": {"template": "plain", "system": "short", "max_cut": 1.0, "max_dropped": 1.0},
             "train": {"objective": "assistant_only", "loss_weighting": "example", "neftune_alpha": 1.0},

@@ -180,7 +180,9 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_can_be_repeate
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))]
+)
 def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(
     folder: Path, trained: tuple[str, str], number: signal.Signals
 ) -> None:

@@ -226,10 +226,10 @@ def _gone(process: psutil.Process) -> bool:
     "number, group",
     [
         (signal.SIGINT, True),
-        (signal.SIGTERM, True),
-        (signal.SIGHUP, True),
-        (signal.SIGTERM, False),
-        (signal.SIGUSR1, False),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_prepare_fails_or_leaves_workers(tmp_path: Path, number: signal.Signals, group: bool) -> None:

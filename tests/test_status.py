@@ -122,6 +122,9 @@ def test_a_stage_whose_ancestor_was_trained_anew_is_stale_and_so_is_what_came_of
     os.rename(folder / "outputs/two", folder / "away")
     gone = _status(folder / "three.toml")["three"]
     assert gone.state == "done" and "two/final' is not there any more" in gone.notes[0]
+    asked = _status(folder / "two.toml", folder / "three.toml")  # a chain of both would refuse it
+    assert (asked["two"].state, asked["three"].state) == ("not started", "stale")
+    assert "is gone and would be trained anew" in asked["three"].notes[0]
     shutil.rmtree(folder / "away")
 
 

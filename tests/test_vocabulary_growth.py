@@ -155,7 +155,7 @@ def test_weights_without_a_tokenizer_grow_for_a_larger_vocabulary_of_another(tmp
     origin(Model(init_from=str(tmp_path / "same")), multiplied, [])
 
 
-@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("at_once", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_chat_stage_grows_once_and_its_checkpoint_can_talk(tmp_path: Path, at_once: bool) -> None:
     write_texts(tmp_path)
     write_chats(tmp_path / "chats.jsonl", numbered_chats(60))

@@ -119,7 +119,7 @@ def test_a_reader_that_fails_on_one_rank_leaves_the_others_waiting(tmp_path: Pat
 
     def part(rank: int, watcher: Watch, processes: Processes) -> None:
         none: Any = None
-        with closing(Failing(none, [], 8, 4, 2, rank, 2, True).prefetch(0, 5)) as rows:
+        with closing(Failing(none, [], 4, 2, rank, 2).prefetch(0, 5)) as rows:
             for step, _ in enumerate(rows):
                 watcher.beat("forward", step)
                 dist.all_reduce(torch.ones(4))

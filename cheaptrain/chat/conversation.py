@@ -120,7 +120,7 @@ def from_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> Conversation
             raise Malformed(f"the system column holds a {type(system).__name__}, not text")
         if turns and turns[0].role == "system":
             raise Malformed("a system turn, and another in the column for it")
-        turns.insert(0, Turn("system", system))
+        turns.insert(0, Turn("system", _text(system, "the system column")))
     conversation = Conversation(tuple(turns), tools)
     _check(conversation)
     return conversation
@@ -164,8 +164,8 @@ def _turn(turn: Mapping[str, Any], where: str) -> Turn:
         raise Malformed(f"{where} has the role {name!r}; there are {', '.join(ROLES)}")
     role, content = ROLES[name], given.get("content", given.get("value"))
     calls = tuple(_call(call, where) for call in given.get("tool_calls") or ())
-    if isinstance(given.get("function_call"), Mapping):
-        calls += (_call(given["function_call"], where),)
+    if (called := given.get("function_call")) is not None:
+        calls += (_call(called, where),)
     if name == "function_call" and isinstance(content, str):
         try:
             called = json.loads(content)
@@ -183,7 +183,7 @@ def _call(call: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if not isinstance(call.get("name"), str):
         raise Malformed(f"{where} calls a tool without a name")
     arguments = call.get("arguments")
-    return {"name": call["name"], "arguments": {} if arguments is None else arguments}
+    return _as_json({"name": call["name"], "arguments": {} if arguments is None else arguments}, f"{where}: a call")
 
 
 def _tools(value: Any) -> Iterable[Mapping[str, Any]]:
@@ -194,7 +194,7 @@ def _tools(value: Any) -> Iterable[Mapping[str, Any]]:
         tool = _json(tool, "the tools column") if isinstance(tool, str) else tool
         if not isinstance(tool, Mapping):
             raise Malformed(f"a tool is {_kind(tool)}, not an object")
-        yield tool
+        yield _as_json(tool, "a tool")
 
 
 def _json(text: str, where: str) -> Any:
@@ -202,6 +202,15 @@ def _json(text: str, where: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise Malformed(f"{where} is not JSON ({error})") from error
+
+
+def _as_json(value: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """`value`, which can be written as JSON."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise Malformed(f"{where} cannot be written as JSON ({error})") from error
+    return value
 
 
 def _text(value: Any, where: str) -> str:
@@ -229,6 +238,8 @@ def _check(conversation: Conversation) -> None:
             raise Malformed(f"turn {number}: a system turn that is not the first")
         if turn.role == before and turn.role != "tool":
             raise Malformed(f"turn {number}: two {turn.role} turns in a row")
+        if turn.tool_calls and turn.role != "assistant":
+            raise Malformed(f"turn {number}: the {turn.role} calls a tool")
         if turn.role == "tool" and before not in ("assistant", "tool"):
             raise Malformed(f"turn {number}: a tool answers that no assistant called")
         if turn.role == "assistant" and not turn.content.strip() and not turn.tool_calls:

@@ -231,7 +231,7 @@ def _spans(documents: list[_Document], sizes: list[Int64], readings: list[_Readi
     )
     shared = np.intersect1d(ours.boundaries, theirs.boundaries, assume_unique=True)
     of_ours, of_theirs = (np.searchsorted(shared, side.starts, side="right") for side in (ours, theirs))
-    # A span is called after its second boundary: what lies before the first one is 0, after the last one len(shared).
+    # Span i ends at shared boundary i; 0 and the last one are what lies before the first boundary and after the last.
     spans = len(shared) + 1
     covered = np.bincount(of_theirs, theirs.lengths, spans) == np.diff(shared, prepend=-1, append=-1)
     for of, side in ((of_ours, ours), (of_theirs, theirs)):
@@ -243,8 +243,7 @@ def _spans(documents: list[_Document], sizes: list[Int64], readings: list[_Readi
     asked = theirs.positions[chosen_theirs]
     kept = np.full(targets.shape, IGNORED, np.int64)
     kept.reshape(-1)[asked] = targets.reshape(-1)[asked]
-    lengths = (np.bincount(of, minlength=spans)[covered] for of in (of_ours, of_theirs))
-    student_lengths, teacher_lengths = lengths
+    student_lengths, teacher_lengths = (np.bincount(of, minlength=spans)[covered] for of in (of_ours, of_theirs))
     arrays = (
         ids, kept, positions, numbers,
         ours.positions[chosen_ours], student_lengths, asked, teacher_lengths,

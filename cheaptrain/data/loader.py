@@ -58,7 +58,7 @@ class Loader:
             )
             for m in range(0, len(rows), micro)
         ]
-        return [self._aligned(batch, self.aligner) for batch in batches] if self.aligner else batches
+        return [_with_spans(batch, self.aligner) for batch in batches] if self.aligner else batches
 
     def prefetch(self, first_row: int, steps: int, ahead: int = 2) -> Generator[list[RowBatch], None, None]:
         """`steps` steps from `first_row` on, read in a background thread up to `ahead` steps before they are asked for.
@@ -77,11 +77,6 @@ class Loader:
                 for future in waiting:
                     future.cancel()
 
-    @staticmethod
-    def _aligned(batch: RowBatch, aligner: Aligner) -> RowBatch:
-        texts = (batch.input_ids.numpy(), batch.labels.numpy(), batch.document_ids.numpy())
-        return replace(batch, aligned=aligner.align(*texts))
-
 
 def validation_batches(
     source: RowSource, micro_batch_size: int, data_rank: int = 0, data_parallel: int = 1
@@ -96,6 +91,11 @@ def validation_batches(
     for number in range(data_rank, rounds * data_parallel, data_parallel):
         rows = np.arange(number * micro_batch_size, (number + 1) * micro_batch_size)
         yield build_rows([source], np.zeros(micro_batch_size, np.int64), rows)
+
+
+def _with_spans(batch: RowBatch, aligner: Aligner) -> RowBatch:
+    texts = (batch.input_ids.numpy(), batch.labels.numpy(), batch.document_ids.numpy())
+    return replace(batch, aligned=aligner.align(*texts))
 
 
 def _check_division(rows_per_step: int, micro_batch_size: int, data_parallel: int) -> None:

@@ -3,8 +3,9 @@
 A loss says little to a reader; "it gets 93 of 100 sums right and stops when it is done" says something. The questions
 are pairs of operands that no drill of the source contains (`held_out`), so a right answer is not one remembered. The
 trap is asking more kindly than a user can: the model is plain transformers, generates greedily from the chat template
-of its checkpoint, and an answer counts only if its last line is exactly `#### <result>`. What is measured besides is
-whether it ended by itself: a model that goes on until it is cut off has not learnt where a turn ends.
+of its checkpoint, and an answer counts only if its last line is exactly what a drill ends with, and it is the last: the
+`#### 4` at which an answer was cut off may have been about to become `#### 47`. What is measured besides is whether it
+ended by itself: a model that goes on until it is cut off has not learnt where a turn ends.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cheaptrain.durable import write_json
+from cheaptrain.durable import replace_json
 from cheaptrain.model.saving import no_progress_bars
 
 PROBE = "probe.json"  # in the run folder
@@ -33,7 +34,7 @@ class Marks:
     answer: str
 
 
-def marks_of_checkpoint(folder: Path, questions: Sequence[tuple[str, int]], max_new_tokens: int) -> Marks:
+def marks_of_checkpoint(folder: Path, questions: Sequence[tuple[str, str]], max_new_tokens: int) -> Marks:
     """Put the questions to the checkpoint in `folder`, as it lies on the disk."""
     with no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -44,10 +45,10 @@ def marks_of_checkpoint(folder: Path, questions: Sequence[tuple[str, int]], max_
 def marks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[tuple[str, int]],
+    questions: Sequence[tuple[str, str]],
     max_new_tokens: int,
 ) -> Marks:
-    """Put `questions` (text, result) to a plain transformers model whose tokenizer has a chat template."""
+    """Put `questions` (text, last line of the answer) to a plain transformers model, in its tokenizer's template."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = set(ends if isinstance(ends, list) else [ends]) - {None}
     was_training, right, ended = model.training, 0, 0
@@ -63,18 +64,18 @@ def marks(
             do_sample=False,
             pad_token_id=min(ends, default=0),
         )
-        for (_, result), new in zip(part, out[:, ids.shape[1] :].tolist(), strict=True):
+        for (_, wanted), new in zip(part, out[:, ids.shape[1] :].tolist(), strict=True):
             stop = next((at for at, token in enumerate(new) if token in ends), None)
             answers.append(str(tokenizer.decode(new[:stop], skip_special_tokens=False)).rstrip())
-            right += answers[-1].rpartition("\n")[2] == f"#### {result}"
+            right += stop is not None and answers[-1].rpartition("\n")[2] == wanted
             ended += stop is not None
     model.train(was_training)
     return Marks(len(questions), right, ended, questions[0][0], answers[0])
 
 
 def keep_marks(run: Path, before: Marks | None, after: Marks | None) -> None:
-    """Write them to the run folder."""
-    write_json(run / PROBE, {"before": before and asdict(before), "after": after and asdict(after)})
+    """Write them to the run folder, whole or not at all."""
+    replace_json(run / PROBE, {"before": before and asdict(before), "after": after and asdict(after)})
 
 
 def read_marks(content: dict[str, Any], when: str) -> Marks | None:

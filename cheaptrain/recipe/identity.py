@@ -8,12 +8,13 @@ folders are) may differ; anything else makes another run. The trap is comparing 
 import hashlib
 import json
 from collections.abc import Collection
-from typing import Any
+from typing import Any, get_args
 
 from cheaptrain.recipe.schema import Recipe, Section
 
 # What a run may change when it goes on, if that is asked for: `resolve` decides it by the ledger of the checkpoint.
 BATCH = ("train.global_batch_tokens",)
+_PLAIN = (str, int, float, list, tuple)  # defaults that are written into an identity as they are
 
 
 def identity(recipe: Recipe, without: Collection[str] = ()) -> dict[str, Any]:
@@ -38,13 +39,13 @@ def identity_hash(recipe: Recipe, without: Collection[str] = ()) -> str:
 def identity_difference(old: dict[str, Any], new: dict[str, Any], without: Collection[str] = ()) -> list[str]:
     """What differs between two identities, a line a key: `train.lr: 0.0003 -> 0.0006`. Sources are matched by name.
 
-    A key that is null and a key that is not there are the same: a run that was started before an optional key existed
-    is still the same run. The dotted keys in `without` are not compared.
+    A key that is not there is at its default: a run that was started before the key existed is still the same run. The
+    dotted keys in `without` are not compared.
     """
-    before, after = _leaves(old), _leaves(new)
+    before, after = _leaves(_completed(Recipe, old)), _leaves(_completed(Recipe, new))
     lines = [
         f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
-        for key in dict.fromkeys([*before, *after])
+        for key in dict.fromkeys([*_leaves(old), *_leaves(new)])
         if key not in without and _shown(before.get(key)) != _shown(after.get(key))
     ]
     first, then = _source_names(old), _source_names(new)
@@ -73,6 +74,27 @@ def _identity(value: Any) -> Any:
                 kept[key] = inner
         return kept
     return [_identity(item) for item in value]
+
+
+def _completed(section: type[Section], table: dict[str, Any]) -> dict[str, Any]:
+    """`table`, perhaps of another version, and the defaults of the keys that it lacks, in the tables that it has."""
+    whole = dict(table)
+    for key, field in section.model_fields.items():
+        inner, value = _section_in(field.annotation), table.get(key)
+        if inner is not None and isinstance(value, dict):
+            whole[key] = _completed(inner, value)
+        elif inner is not None and isinstance(value, list):
+            whole[key] = [_completed(inner, item) if isinstance(item, dict) else item for item in value]
+        elif key not in table and not is_operational(section, key) and isinstance(field.default, _PLAIN):
+            whole[key] = field.default
+    return whole
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that a key holds, alone or in a list, if it holds one."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
 def _source_names(kept: dict[str, Any]) -> list[str]:

@@ -148,7 +148,7 @@ def _explained(
     lesson = setting.lesson
     if lesson is not None:
         chunk = distilled_at_once(lesson.vocab // setting.layout.tp, chunk)
-    both = "both " if lesson is not None and lesson.facts is not None else ""
+    both = "both " if lesson is not None and lesson.facts is not None and not lesson.aligned else ""
     return {
         WEIGHTS: f"fp32, {share}",
         OPTIMIZER: "AdamW, 8 bytes a parameter"

@@ -62,9 +62,11 @@ def status_of(subjects: Sequence[Subject]) -> list[StageStatus]:
     stages = _by_ancestry(_with_ancestors(subjects))
     told: dict[str, StageStatus] = {}
     for stage in stages:
-        old = [told[name] for name in _ancestors(stage, stages) if told.get(name, stage).state == STALE]
+        above = [told[name] for name in _ancestors(stage, stages) if name in told]
+        old = [other for other in above if other.state in (STALE, NOT_STARTED, NOT_PREPARED)]
         if old and stage.state not in (STALE, RUNNING, NOT_STARTED, NOT_PREPARED):
-            note = f"made from {old[0].run}, which is stale itself"
+            why = "is stale itself" if old[0].state == STALE else "is gone and would be trained anew"
+            note = f"made from {old[0].run}, which {why}"
             stage = replace(stage, state=STALE, notes=(note, *stage.notes))
         told[stage.run] = stage
     return [told[stage.run] for stage in stages]

@@ -17,7 +17,7 @@ from cheaptrain.checkpoint.write import unsafe_files
 from cheaptrain.data.tokenizer import TextTokenizer, open_tokenizer
 from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.model.build import meta_model, refuse_other_shapes
-from cheaptrain.model.config import checkpoint_config
+from cheaptrain.model.config import checkpoint_config, vocabulary_growth
 from cheaptrain.model.context import check_context
 from cheaptrain.parallel.tensor import check_tensor_parallel, tensor_plan
 from cheaptrain.recipe.identity import identity
@@ -28,6 +28,7 @@ from cheaptrain.train.aligned import refuse_layout
 from cheaptrain.train.cached_teacher import cache_of
 from cheaptrain.train.lineage import changed_since
 from cheaptrain.train.metrics import refuse_missing_trackers
+from cheaptrain.train.probing import wrong_questions
 from cheaptrain.train.samples import check_prompts
 from cheaptrain.train.space import StageSpace, checkpoint_bytes, checkpoints_at_once, checkpoints_left, most_at_once
 from cheaptrain.train.survey import Survey, written_by
@@ -53,7 +54,9 @@ def refuse_later_failures(surveys: Sequence[Survey], report: Callable[[str], Non
         found = check_prompts(tokenizer.hf, recipe.samples.prompts, survey.positions)
         problems += [f"{survey.loaded.path}: {problem}" for problem in found]
         problems += [f"{survey.loaded.path}: {problem}" for problem in _cannot_be_laid_out(survey)]
+        problems += [f"{survey.loaded.path}: {problem}" for problem in _adapters_alone(survey, surveys[:number])]
         problems += [f"{survey.loaded.path}: {problem}" for problem in _other_shapes(survey, surveys[:number])]
+        problems += [f"{survey.loaded.path}: {problem}" for problem in wrong_questions(survey, surveys[:number])]
         if other := other_template(survey, surveys[:number]):
             if other.meant:
                 report(other.text)
@@ -117,7 +120,6 @@ def _cannot_be_laid_out(survey: Survey) -> Iterator[str]:
             f"train.neftune_alpha: each of the {layout.tp} processes of parallel.tp would draw noise of its own for "
             "the same embeddings; set parallel.tp = 1 or train.neftune_alpha = 0"
         )
-    yield from _adapters_alone(survey)
     try:
         if (distill := survey.loaded.recipe.distill) is not None:
             refuse_top_k(distill, layout.tp)
@@ -137,15 +139,29 @@ def _cannot_be_laid_out(survey: Survey) -> Iterator[str]:
         yield str(error)
 
 
-def _adapters_alone(survey: Survey) -> Iterator[str]:
+def _adapters_alone(survey: Survey, earlier: Sequence[Survey]) -> Iterator[str]:
     """What [lora] does not go together with."""
     recipe, layout = survey.loaded.recipe, survey.resolved.layout
     if recipe.lora is None:
         return
+    if _meets_new_tokens(survey, earlier):
+        yield (
+            "[lora] trains no embedding, and all tokens that are new to the model would stay alike: train without "
+            "[lora], or take a chat.template whose markers the model's tokenizer has"
+        )
     if layout.tp > 1:
         yield f"[lora] does not work with parallel.tp = {layout.tp}: adapters are not split; set parallel.tp = 1"
     if recipe.train.compile == "layers":
         yield 'train.compile: layers with adapters are not compiled; set "auto" or "off"'
+
+
+def _meets_new_tokens(survey: Survey, earlier: Sequence[Survey]) -> bool:
+    """Whether the tokenizer has tokens that the model does not know, be it written already or not."""
+    spec = survey.loaded.recipe.model
+    writer = written_by(spec.init_from, earlier)
+    if writer is not None and not Path(str(spec.init_from)).exists():
+        return survey.tokenizer.size > writer.tokenizer.size
+    return vocabulary_growth(spec, survey.tokenizer.size) is not None
 
 
 def _lay_out(config: PreTrainedConfig, seq_len: int, layout: Layout) -> None:

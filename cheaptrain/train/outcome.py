@@ -1,5 +1,6 @@
 """What came of the stages of a launch: one table, what the model writes now, where it lies, and what to do next."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +84,10 @@ def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
         say(console, f"{outcome.name}: {outcome.run.final}")
     say(console, "Any tool that knows transformers reads these folders as they are. Next, for example:")
     if talking := [outcome for outcome in outcomes if outcome.talks]:
-        before = f" --against {talking[-2].run.final}" if len(talking) > 1 else ""
-        say(console, f"  cheaptrain chat {talking[-1].run.final}{before}")
-    say(console, f"  lm_eval --model hf --model_args pretrained={outcomes[-1].run.final} --tasks arc_easy")
+        against = ["--against", str(talking[-2].run.final)] if len(talking) > 1 else []
+        say(console, f"  {shlex.join(['cheaptrain', 'chat', str(talking[-1].run.final), *against])}")
+    model = shlex.quote(f"pretrained={outcomes[-1].run.final}")
+    say(console, f"  lm_eval --model hf --model_args {model} --tasks arc_easy")
 
 
 def _time(outcome: Outcome) -> str:
@@ -118,8 +120,8 @@ def _print_marks(outcomes: Sequence[Outcome], console: Console) -> None:
         known = [marks for marks in (before, after) if marks is not None]
         table.add_row(
             outcome.name,
-            f"{' → '.join(str(marks.right) for marks in known)} of {after.asked}",
-            f"{' → '.join(str(marks.ended) for marks in known)} of {after.asked}",
+            _of_asked([(marks.right, marks.asked) for marks in known]),
+            _of_asked([(marks.ended, marks.asked) for marks in known]),
         )
     console.print(table)
     last = outcomes[-1].marks[1]
@@ -128,6 +130,13 @@ def _print_marks(outcomes: Sequence[Outcome], console: Console) -> None:
     for line in last.answer.splitlines():
         say(console, f"  {line}")
     say(console, "")
+
+
+def _of_asked(counts: Sequence[tuple[int, int]]) -> str:
+    """Counts of all that were asked; before and after may have been asked another number."""
+    if len({asked for _, asked in counts}) == 1:
+        return f"{' → '.join(str(count) for count, _ in counts)} of {counts[0][1]}"
+    return " → ".join(f"{count} of {asked}" for count, asked in counts)
 
 
 def _print_samples(outcomes: Sequence[Outcome], console: Console) -> None:

@@ -80,11 +80,6 @@ def set_up(
     watch.beat("building the model", 0)
     if opened.checkpoint is None and (growth := vocabulary_growth(recipe.model, survey.tokenizer.size)):
         report(str(growth))
-        if recipe.lora is not None:
-            raise PreflightError(
-                "[lora] trains no embedding, and all tokens that are new to the model would stay alike: train without "
-                "[lora], or take a chat.template whose markers the model's tokenizer has"
-            )
     model = _model(survey, opened, processes)
     refuse_other_beginnings(survey, model, processes)
     processes.on_main(lambda: _prove(model, survey, compute))

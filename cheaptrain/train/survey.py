@@ -19,7 +19,7 @@ from cheaptrain.data.order import MixtureOrder
 from cheaptrain.data.same_tokenizer import is_same, refuse_other_tokenizer, vocabulary_in
 from cheaptrain.data.tokenizer import TextTokenizer, extends, load_tokenizer, open_tokenizer
 from cheaptrain.errors import PreflightError, RecipeError
-from cheaptrain.model.config import model_config, vocabulary_growth
+from cheaptrain.model.config import checkpoint_config, model_config, vocabulary_growth
 from cheaptrain.model.facts import model_facts
 from cheaptrain.model.hub import model_folder
 from cheaptrain.recipe.length import Done, ModelFacts
@@ -84,6 +84,7 @@ def survey(loaded: LoadedRecipe, world_size: int, earlier: Sequence[Survey] = ()
     """
     recipe = loaded.recipe
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.data, recipe.chat)
+    _refuse_more_than_all(recipe.distill, tokenizer)
     manifests = {source.name: load_manifest(recipe.data, source, tokenizer) for source in weighted(recipe)}
     model = origin(recipe.model, tokenizer, earlier)
     facts = model_facts(model, vocab_size=tokenizer.size, seq_len=recipe.data.seq_len, lora=recipe.lora)
@@ -190,6 +191,14 @@ def _aligned_teacher(distill: Distill, tokenizer: TextTokenizer | None, earlier:
     return TeacherShape(shape, theirs.size if theirs else None, longest_row(config))
 
 
+def _refuse_more_than_all(distill: Distill | None, tokenizer: TextTokenizer) -> None:
+    if distill is not None and (distill.top_k or 0) > tokenizer.size:
+        raise RecipeError(
+            f"distill.top_k = {distill.top_k:,}: the tokenizer has {tokenizer.size:,} tokens; leave it out to learn "
+            "from all of them"
+        )
+
+
 def teacher_tokenizer(distill: Distill) -> TextTokenizer:
     """The tokenizer that lies beside the teacher. Raises PreflightError where there is none, or no teacher yet."""
     return open_tokenizer(str(model_folder(teacher_model(distill))), origin="the tokenizer of distill.teacher")
@@ -219,7 +228,14 @@ def _refuse_other_tokenizer(model: Model, tokenizer: TextTokenizer) -> None:
             f"model.init_from: {model.init_from} has a vocabulary of {growth.rows_before:,}, the tokenizer "
             f"{tokenizer.own_size:,} tokens besides those added to it: use the model's own tokenizer"
         )
-    if file is None or not file.is_file():
+    if file is None:
+        return
+    if not file.is_file():
+        if tokenizer.added and getattr(checkpoint_config(model), "unpadded_vocab_size", None) is None:
+            raise RecipeError(
+                f"model.init_from: {model.init_from} has no tokenizer.json, so nobody knows which of its rows mean "
+                f"something, and chat.template adds {', '.join(tokenizer.added)}: put its tokenizer there"
+            )
         return
     saved = Tokenizer.from_file(str(file))
     named = {*saved.get_added_tokens_decoder(), *tokenizer.hf.backend_tokenizer.get_added_tokens_decoder()}

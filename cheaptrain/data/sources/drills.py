@@ -14,10 +14,11 @@ from collections.abc import Iterator
 
 from cheaptrain.chat.conversation import Conversation, exchange
 from cheaptrain.data.sources import Document, Plan, Unit, make_unit
-from cheaptrain.data.sources.steps import written_out
+from cheaptrain.data.sources.steps import is_a_step, written_out
 from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.recipe import schema
 
+RESULT = "#### "  # begins the last line of an answer with steps
 _LINES = 8
 _LINE_BYTES = 24
 _DOCUMENT_BYTES, _CONVERSATION_BYTES = 200, 60  # about
@@ -73,14 +74,16 @@ def question(drills: schema.Drills, number: int) -> Conversation:
     """Conversation `number`: a question, and the answer or, with `steps`, the steps to it and a last line `#### 42`."""
     first = _random(f"cheaptrain question {drills.seed} {number}", 1)
     random, (sign, a, b, c) = _allowed(first, drills, f"question {number}")
-    answer = "\n".join([*written_out(sign, a, b), f"#### {c}"]) if drills.steps else str(c)
+    answer = "\n".join([*written_out(sign, a, b), f"{RESULT}{c}"]) if drills.steps else str(c)
     return exchange(_asked(random, sign, a, b), answer)
 
 
 def held_out_questions(drills: schema.Drills, count: int) -> list[tuple[str, int]]:
-    """At most `count` different questions on pairs of operands that no drill contains, each with its answer.
+    """At most `count` different questions on pairs of operands that no drill contains, not even as one of its steps,
+    each with its answer.
 
-    The same for the same drills; fewer where there are not so many pairs. Raises RecipeError without `held_out`.
+    The same for the same drills; fewer where there are not so many pairs. Raises RecipeError without `held_out`, and
+    when there is no such pair.
     """
     if not drills.held_out:
         raise RecipeError("drills.held_out is 0: there are no sums that the drills surely do not contain")
@@ -90,8 +93,14 @@ def held_out_questions(drills: schema.Drills, count: int) -> list[tuple[str, int
         number += 1
         random = _random(f"cheaptrain held out {drills.seed} {number}", 1)
         sign, a, b, c = _exercise(random, drills)
-        if _is_held_out(drills, a, b) and (sign, a, b) not in found:
+        written = drills.steps and is_a_step(sign, a, b, digits=drills.digits, operations=drills.operations)
+        if _is_held_out(drills, a, b) and not written and (sign, a, b) not in found:
             found[sign, a, b], last = (_asked(random, sign, a, b), c), number
+    if not found:
+        raise RecipeError(
+            f"drills.held_out = {drills.held_out} holds out no pair of operands of {drills.digits} digits that could "
+            "be asked; raise it, or drills.digits"
+        )
     return list(found.values())
 
 

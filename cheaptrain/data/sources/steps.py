@@ -9,10 +9,35 @@ before it says, so that a small model can learn each step by itself. The trap: a
 that nobody wrote down, or have to be collected from all lines at the end, can only be guessed.
 """
 
+from collections.abc import Sequence
+
 
 def written_out(operation: str, a: int, b: int) -> list[str]:
     """The lines by which `a` + `b`, `a` - `b` (with b <= a) or `a` * `b` is found; the last one ends in the result."""
     return {"+": _sum, "-": _difference, "*": _product}[operation](a, b)
+
+
+def is_a_step(operation: str, a: int, b: int, *, digits: int, operations: Sequence[str]) -> bool:
+    """Whether the lines of some other exercise, on operands of up to `digits` digits, say what `a` `operation` `b` is:
+    7 + 5 is a column of 47 + 85, and 12 + 80 a line of 4 * 23."""
+    if digits == 1:
+        return False  # all lines are about the exercise itself
+    if operation == "-":
+        return b < 10 and a - b < 10
+    if operation == "*":
+        return any(len(str(factor).rstrip("0")) <= 1 for factor in (a, b))
+    partial = "*" in operations and (_adds_partial(a, b, digits) or _adds_partial(b, a, digits))
+    return partial or (a < 10 and b < 10)
+
+
+def _adds_partial(total: int, part: int, digits: int) -> bool:
+    """Whether some product adds the partial product `part` to `total`, what the digits further right gave."""
+    for place in (10**k for k in range(1, digits)):
+        for digit in range(1, 10):
+            a, left = divmod(part, digit * place)
+            if a and not left and not total % a and total // a < place:
+                return True
+    return part == 0
 
 
 def _sum(a: int, b: int) -> list[str]:
