@@ -59,6 +59,24 @@ def test_the_schema_is_written_to_the_file_asked(tmp_path: Path, monkeypatch: py
     assert run(monkeypatch, "schema", "--out", str(tmp_path / "no" / "schema.json")) == 1
 
 
+def test_what_another_recipe_will_write_is_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fetched: list[str | None] = []
+    monkeypatch.setattr("cheaptrain.model.hub.fetch_model", lambda model: fetched.append(model.init_from))
+    monkeypatch.setattr("cheaptrain.data.prepare.prepare_recipe", lambda *_, **__: [])
+    Path("a.toml").write_text(MINIMAL.replace("outputs/x", "one"), encoding="utf-8")
+    for name, start in (("b", "one/final"), ("c", "org/model")):
+        text = f'extends = "a.toml"\nunset = ["model.preset"]\n[run]\ndir = "{name}"\n[model]\ninit_from = "{start}"\n'
+        Path(f"{name}.toml").write_text(text, encoding="utf-8")
+    assert run(monkeypatch, "prepare", "a.toml", "b.toml", "c.toml") == 0
+    assert fetched == [None, "org/model"]
+    fetched.clear()
+    assert run(monkeypatch, "prepare", "b.toml") == 0
+    assert fetched == ["one/final"]  # alone nobody can tell it from a hub id
+
+
 def test_launch_starts_something_when_only_asked_what(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

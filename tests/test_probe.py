@@ -22,6 +22,7 @@ from small_runs import (
     write_texts,
 )
 
+from cheaptrain.checkpoint.paths import RunDirectory
 from cheaptrain.data.sources.drills import held_out_questions
 from cheaptrain.evaluate.sums import Marks, marks
 from cheaptrain.model.twin import plain_twin
@@ -146,6 +147,12 @@ def test_a_run_that_goes_on_is_asked_again_or_forgets_what_it_could_before(folde
     (folder / "broken" / "probe.json").unlink()
     assert run_child(train(more), log) == 0, tail(log)
     assert _kept(folder / "broken")["before"] is None and _kept(folder / "broken")["after"]["asked"] == 9
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"before": {"asked": 1}}', '{"after": 3}', "null"])
+def test_marks_that_cannot_be_read_end_a_run_that_was_trained(tmp_path: Path, content: str) -> None:
+    (tmp_path / "probe.json").write_text(content, encoding="utf-8")
+    assert probing.marks_in(RunDirectory(tmp_path)) == (None, None)
 
 
 def test_two_processes_ask_twice_or_otherwise(folder: Path) -> None:

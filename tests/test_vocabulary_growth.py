@@ -155,6 +155,21 @@ def test_weights_without_a_tokenizer_grow_for_a_larger_vocabulary_of_another(tmp
     origin(Model(init_from=str(tmp_path / "same")), multiplied, [])
 
 
+def test_tokens_are_put_into_rows_of_which_nobody_knows_whether_they_mean_something(tmp_path: Path) -> None:
+    base = tokenizer_in(tmp_path / "t")
+    spec = checkpoint_with(tmp_path / "bare", base)
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    del config["unpadded_vocab_size"]
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
+    grown = with_template(base, Chat(template="llama3"))
+    assert base.size < grown.size <= config["vocab_size"]
+    origin(spec, grown, [])  # its tokenizer says so
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    with pytest.raises(RecipeError, match=r"has no tokenizer.json, so nobody knows .* adds <\|begin_of_text\|>"):
+        origin(spec, grown, [])
+    origin(spec, base, [])
+
+
 @pytest.mark.parametrize("at_once", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_chat_stage_grows_once_and_its_checkpoint_can_talk(tmp_path: Path, at_once: bool) -> None:
     write_texts(tmp_path)

@@ -38,12 +38,12 @@ def probe_after(survey: Survey, run: RunDirectory) -> None:
 
 
 def marks_in(run: RunDirectory) -> tuple[Marks | None, Marks | None]:
-    """What was marked before and after; None where nobody has asked."""
+    """What was marked before and after; None where nobody has asked, or it cannot be read (it is asked again then)."""
     try:
         content = json.loads((run.path / PROBE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_marks(content, "before"), read_marks(content, "after")
+    except (OSError, ValueError, TypeError, AttributeError):
         return None, None
-    return read_marks(content, "before"), read_marks(content, "after")
 
 
 def wrong_questions(survey: Survey, earlier: Sequence[Survey]) -> Iterator[str]:
