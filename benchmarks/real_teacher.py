@@ -82,7 +82,7 @@ def main() -> None:
             scores = _scores(launched(recipe, f"{recipe.stem}-{seed}", 1, f"seed={seed}"))
             rows.append(
                 [
-                    seed,
+                    str(seed),
                     name,
                     f"{scores[0]['val/loss']:.3f} → {scores[-1]['val/loss']:.3f}",
                     f"{scores[-1]['val/bpb']:.4f}",
