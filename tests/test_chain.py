@@ -260,8 +260,8 @@ def test_the_last_table_shows_agreement_answers_and_the_command_to_talk() -> Non
     ]
     print_outcomes(stages, console)
     lines = {line.split()[0]: line for line in written.getvalue().splitlines() if line.split()}
-    assert "25.0% → 62.5%" in lines["distilled"] and "3.000 → 2.250" in lines["phase"] and "%" not in lines["phase"]
-    assert "general *" in lines["general"] and "done before" in lines["reasoning"]
+    assert "25% → 62%" in lines["distilled"] and "3.000 → 2.250" in lines["phase"] and "%" not in lines["phase"]
+    assert "general*" in lines["general*"] and "done before" in lines["reasoning*"]
     assert "  cheaptrain chat reasoning/final --against general/final\n" in written.getvalue()
     console, written = pipe()
     print_outcomes(stages[:1], console)

@@ -61,23 +61,28 @@ def outcome_of(survey: Survey, state: str, seconds: float, from_step: int, repor
 
 def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
     """Print what was trained, what the first and the last model write to the same prompts, and the next command."""
-    table = Table(box=SIMPLE_HEAD, title="What was trained", title_justify="left", title_style="bold")
+    table = Table(
+        box=SIMPLE_HEAD, title="What was trained, scored on held-out text", title_justify="left", title_style="bold"
+    )
     table.add_column("stage")
     taught = any(outcome.agreements for outcome in outcomes)
-    for column in ("tokens", "time", "validation loss", "bits per byte", *(["agrees with teacher"] if taught else [])):
-        table.add_column(column, justify="right")
+    # Short headings: the table is made for a terminal of 80 columns.
+    for column in ("tokens", "time", "loss", "bits a byte", *(["as teacher"] if taught else [])):
+        table.add_column(column, justify="right", no_wrap=True)
     for outcome in outcomes:
         row = [
-            f"{outcome.name} *" if outcome.answers_only else outcome.name,
+            f"{outcome.name}*" if outcome.answers_only else outcome.name,
             human(outcome.tokens),
             _time(outcome),
             _arrow(_validated(outcome, "val/loss"), "{:.3f}"),
             _arrow(_validated(outcome, "val/bpb"), "{:.3f}"),
         ]
-        table.add_row(*row, *([_arrow(outcome.agreements, "{:.1%}")] if taught else []))
+        table.add_row(*row, *([_arrow(outcome.agreements, "{:.0%}")] if taught else []))
     console.print(table)
     if any(outcome.answers_only for outcome in outcomes):
         say(console, "* loss of what the assistant has to say, its end of turn included; no other token counts", "dim")
+    if taught:
+        say(console, "as teacher: share of tokens of a step that both find likeliest, in the first and the last", "dim")
     _print_samples([outcome for outcome in outcomes if outcome.samples], console)
     _print_marks([outcome for outcome in outcomes if outcome.marks[1]], console)
     for outcome in outcomes:
