@@ -67,7 +67,7 @@ def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
     table.add_column("stage")
     taught = any(outcome.agreements for outcome in outcomes)
     # Short headings: the table is made for a terminal of 80 columns.
-    for column in ("tokens", "time", "loss", "bits a byte", *(["as teacher"] if taught else [])):
+    for column in ("tokens", "time", "loss", "bits a byte", *(["agreement"] if taught else [])):
         table.add_column(column, justify="right", no_wrap=True)
     for outcome in outcomes:
         row = [
@@ -82,7 +82,11 @@ def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
     if any(outcome.answers_only for outcome in outcomes):
         say(console, "* loss of what the assistant has to say, its end of turn included; no other token counts", "dim")
     if taught:
-        say(console, "as teacher: share of tokens of a step that both find likeliest, in the first and the last", "dim")
+        say(
+            console,
+            "agreement: share of tokens of a step that teacher and student find likeliest; first and last step",
+            "dim",
+        )
     _print_samples([outcome for outcome in outcomes if outcome.samples], console)
     _print_marks([outcome for outcome in outcomes if outcome.marks[1]], console)
     for outcome in outcomes:
