@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -117,3 +118,11 @@ def _outcome(note: Path) -> tuple[str, Any]:
         return "error", "it left no result"
     outcome: tuple[str, Any] = pickle.loads(note.read_bytes())
     return outcome
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -242,6 +242,16 @@ def signal_at_step(step: int, number: int = signal.SIGTERM) -> None:
     at_step(step, lambda stage: os.kill(os.getpid(), number))
 
 
+def train_until(recipe: str, step: int) -> Callable[[], None]:
+    """Work for a child: train, and be asked to stop just before the step of that number."""
+
+    def work() -> None:
+        signal_at_step(step)
+        train(recipe)()
+
+    return work
+
+
 def note_rows(file: Path) -> None:
     """In this process, append to `file` what the model is fed in each step: `step`, `place` on the mesh, and `rows`,
     token ids by micro-batch and row (with context parallelism this process's stretch of each)."""

@@ -23,9 +23,9 @@ from small_runs import (
     read_lines,
     recipe_table,
     run_child,
-    signal_at_step,
     tail,
     train,
+    train_until,
     write_recipe,
     write_texts,
 )
@@ -337,11 +337,7 @@ def test_a_student_comes_nearer_to_a_teacher_with_another_tokenizer(folder: Path
 def test_a_stopped_student_of_spans_goes_on_as_the_one_never_stopped(folder: Path) -> None:
     recipe, log = _student(folder, "stopped"), folder / "stopped.log"
 
-    def stopped() -> None:
-        signal_at_step(8)
-        train(recipe)()
-
-    assert run_child(stopped, log) == 75, tail(log)
+    assert run_child(train_until(recipe, 8), log) == 75, tail(log)
     assert run_child(train(recipe), log) == 0, tail(log)
     for of in (final_weights, final_state):
         mine, other = of(folder / "stopped"), of(folder / "student")

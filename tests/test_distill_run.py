@@ -14,9 +14,9 @@ from small_runs import (
     read_lines,
     recipe_table,
     run_child,
-    signal_at_step,
     tail,
     train,
+    train_until,
     write_recipe,
     write_texts,
 )
@@ -63,11 +63,7 @@ def test_a_student_comes_nearer_to_its_teacher_and_the_metrics_add_up(folder: Pa
 def test_a_stopped_student_goes_on_as_the_one_never_stopped(folder: Path) -> None:
     recipe, log = _student(folder, "stopped"), folder / "stopped.log"
 
-    def stopped() -> None:
-        signal_at_step(13)
-        train(recipe)()
-
-    assert run_child(stopped, log) == 75, tail(log)
+    assert run_child(train_until(recipe, 13), log) == 75, tail(log)
     assert run_child(train(recipe), log) == 0, tail(log)
     for of in (final_weights, final_state):
         ours, theirs = of(folder / "stopped"), of(folder / "student")
@@ -79,11 +75,7 @@ def test_a_stopped_student_goes_on_as_the_one_never_stopped(folder: Path) -> Non
 def test_a_run_does_not_go_on_with_another_teacher(folder: Path) -> None:
     recipe, log = _student(folder, "other"), folder / "other.log"
 
-    def stopped() -> None:
-        signal_at_step(6)
-        train(recipe)()
-
-    assert run_child(stopped, log) == 75, tail(log)
+    assert run_child(train_until(recipe, 6), log) == 75, tail(log)
     other = folder / "teacher" / "checkpoints" / "step-000055"
     assert run_child(train(_student(folder, "other", teacher=str(other))), log) == 3
     assert "teacher" in tail(log).splitlines()[-1]

@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from ranks import alive
 from tiny_recipe import pipe, tiny_recipe
 
 from cheaptrain.doctor import attention_paths, communication, examine, remedies
@@ -70,14 +70,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]
     for name in ("NCCL_P2P_DISABLE", "GLOO_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
     yield [sys.executable, str(script)]
-    assert _within(20, lambda: not any(_alive(int(pid)) for pid in os.listdir(pids)))  # the kernel takes a moment
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    assert _within(20, lambda: not any(alive(int(pid)) for pid in os.listdir(pids)))  # the kernel takes a moment
 
 
 def _wants(monkeypatch: pytest.MonkeyPatch, **settings: str) -> None:
@@ -271,11 +264,11 @@ run_children([[sys.executable, "-c", {child!r}]], [os.environ], start_seconds=60
     parent = subprocess.Popen([sys.executable, "-c", doctor], env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
         pid = _within(60, lambda: int((tmp_path / "pid").read_text() or 0) if (tmp_path / "pid").exists() else 0)
-        assert _alive(pid)
+        assert alive(pid)
     finally:
         parent.kill()
         parent.wait()
-    assert _within(30, lambda: not _alive(pid))
+    assert _within(30, lambda: not alive(pid))
 
 
 def _within(seconds: float, what):

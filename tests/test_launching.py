@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ranks import alive
 from recipe_texts import MINIMAL
 
 from cheaptrain import launched, launching
@@ -150,14 +151,7 @@ def _until(condition: Callable[[], object]) -> None:
 
 
 def _gone(pids: list[int]) -> bool:
-    return not any(_alive(pid) for pid in pids)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return not any(alive(pid) for pid in pids)
 
 
 @pytest.mark.parametrize(

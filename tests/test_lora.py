@@ -19,6 +19,7 @@ from small_runs import (
     tail,
     train,
     train_together,
+    train_until,
     write_recipe,
     write_texts,
 )
@@ -130,11 +131,7 @@ def test_adapters_stopped_and_resumed_are_other_adapters(folder: Path) -> None:
     straight, broken = adapted(folder, "straight"), adapted(folder, "broken")
     assert run_child(train(straight), folder / "straight.log") == 0, tail(folder / "straight.log")
 
-    def stopped() -> None:
-        signal_at_step(7)
-        train(broken)()
-
-    assert run_child(stopped, folder / "broken.log") == 75, tail(folder / "broken.log")
+    assert run_child(train_until(broken, 7), folder / "broken.log") == 75, tail(folder / "broken.log")
     assert run_child(train(broken), folder / "broken.log") == 0, tail(folder / "broken.log")
     ours, theirs = final_weights(folder / "straight"), final_weights(folder / "broken")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -189,11 +186,7 @@ def test_new_tokens_are_met_by_adapters_only_after_the_stage_before_is_trained(f
 def test_adapters_go_on_from_another_model_or_another_rank(folder: Path) -> None:
     recipe = adapted(folder, "moved")
 
-    def stopped() -> None:
-        signal_at_step(3)
-        train(recipe)()
-
-    assert run_child(stopped, folder / "moved.log") == 75, tail(folder / "moved.log")
+    assert run_child(train_until(recipe, 3), folder / "moved.log") == 75, tail(folder / "moved.log")
     adapted(folder, "moved", rank=8)
     assert run_child(train(recipe), folder / "moved.log") in (2, 3), tail(folder / "moved.log")
     assert "lora.rank" in tail(folder / "moved.log")

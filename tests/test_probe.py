@@ -14,10 +14,10 @@ from small_runs import (
     prepare,
     recipe_table,
     run_child,
-    signal_at_step,
     tail,
     train,
     train_together,
+    train_until,
     write_recipe,
     write_texts,
 )
@@ -130,11 +130,7 @@ def _kept(run: Path) -> dict[str, Any]:
 def test_a_run_that_goes_on_is_asked_again_or_forgets_what_it_could_before(folder: Path) -> None:
     recipe, log = write_recipe(folder / "broken.toml", _table(folder, "broken")), folder / "broken.log"
 
-    def stopped() -> None:
-        signal_at_step(7)
-        train(recipe)()
-
-    assert run_child(stopped, log) == 75, tail(log)
+    assert run_child(train_until(recipe, 7), log) == 75, tail(log)
     before = _kept(folder / "broken")
     assert before["before"]["asked"] == 6 and before["after"] is None
     assert run_child(train(recipe), log) == 0, tail(log)

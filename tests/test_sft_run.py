@@ -19,10 +19,10 @@ from small_runs import (
     recipe_table,
     rows_of_steps,
     run_child,
-    signal_at_step,
     tail,
     train,
     train_together,
+    train_until,
     write_recipe,
     write_texts,
 )
@@ -143,11 +143,7 @@ def test_stopped_in_an_epoch_a_run_goes_on_otherwise(folder: Path) -> None:
     """With noise on the embeddings (NEFTune), drawn anew in every step."""
     recipe = write_recipe(folder / "broken.toml", chat_table(folder, "broken", neftune_alpha=5.0))
 
-    def stopped() -> None:
-        signal_at_step(7)
-        train(recipe)()
-
-    assert run_child(stopped, folder / "broken.log") == 75, tail(folder / "broken.log")
+    assert run_child(train_until(recipe, 7), folder / "broken.log") == 75, tail(folder / "broken.log")
     assert run_child(train(recipe), folder / "broken.log") == 0, tail(folder / "broken.log")
     for ours, theirs in (
         (final_weights(folder / "straight"), final_weights(folder / "broken")),
