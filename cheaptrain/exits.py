@@ -29,7 +29,8 @@ def guarded(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.filename is None and error.errno is None:
             _crash()
-        _end(EXIT_FAILURE, "failed", f"{error.strerror}: {error.filename or ''}")
+        where = "" if error.filename is None else f": {error.filename}"
+        _end(EXIT_FAILURE, "failed", f"{error.strerror}{where}")
     except KeyboardInterrupt:
         _errors().print("interrupted; what was finished is kept")
         launched.record(130)
@@ -95,4 +96,4 @@ def _errors() -> Console:
 
 
 def _title(code: int) -> str:
-    return {2: "recipe", 3: "refused", 4: "diverged", 75: "stopped"}.get(code, "failed")
+    return {2: "error", 3: "refused", 4: "diverged", 75: "stopped"}.get(code, "failed")

@@ -6,7 +6,9 @@ import signal
 import time
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -143,6 +145,19 @@ def test_a_killed_writer_goes_on_and_parts_make_the_same_cache(folder: Path) -> 
     for part in ((2, 2), (1, 2)):
         assert run_child(_fill(recipe, f"distill.cache={shared}", small=True, part=part), log) == 0, tail(log)
     assert _files(shared) == _files(whole)
+
+
+def test_a_cache_the_disk_has_no_room_for_is_refused_before_the_teacher_is_asked(folder: Path) -> None:
+    cache, log = folder / "room", folder / "room.log"
+    fill = _fill(_student(folder, "room"), f"distill.cache={cache}")
+
+    def work() -> None:
+        with patch("shutil.disk_usage", return_value=SimpleNamespace(free=1000)):
+            fill()
+
+    assert run_child(work, log) == 3, tail(log)
+    assert "room: 123 kB to come, 1 kB free" in " ".join(tail(log).split())
+    assert [file.name for file in cache.iterdir()] == ["cache.json"]
 
 
 def _refused(recipe: str, log: Path, *overrides: str) -> str:

@@ -23,7 +23,7 @@ from cheaptrain.data.files import TEMPORARY_PREFIX, cannot_read, read_sealed, se
 from cheaptrain.data.manifest import bad_files
 from cheaptrain.data.stream import Int64
 from cheaptrain.durable import sha256_of
-from cheaptrain.errors import PreflightError
+from cheaptrain.errors import CheaptrainError, PreflightError
 
 REMEDY = "run: cheaptrain distill-cache RECIPE"
 _FORMAT = 1
@@ -100,7 +100,7 @@ def has_shard(folder: Path, spec: CacheSpec, number: int) -> bool:
 
 
 def write_shard(folder: Path, spec: CacheSpec, number: int, said: Said) -> None:
-    """Write what was said of the rows of one shard, then its hash."""
+    """Write what was said of the rows of one shard, then its hash. Raises CheaptrainError when the disk is full."""
     name = _name(number)
     for left in folder.glob(f"{TEMPORARY_PREFIX}*-{name}.*"):
         left.unlink(missing_ok=True)  # of a writer that was killed
@@ -112,9 +112,12 @@ def write_shard(folder: Path, spec: CacheSpec, number: int, said: Said) -> None:
         }
     )
     path = folder / f"{name}.safetensors"
-    write_atomically(path, content)
-    entry = {"bytes": len(content), "sha256": sha256_of(path)}
-    write_atomically(folder / f"{name}.json", sealed_json({"file": entry}))
+    try:
+        write_atomically(path, content)
+        entry = {"bytes": len(content), "sha256": sha256_of(path)}
+        write_atomically(folder / f"{name}.json", sealed_json({"file": entry}))
+    except OSError as error:
+        raise CheaptrainError(f"{path}: {error.strerror}; the same command goes on with this shard") from error
 
 
 def finish_cache(folder: Path, spec: CacheSpec) -> list[int]:

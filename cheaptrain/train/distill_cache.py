@@ -5,6 +5,7 @@ numbers are the same. Shards that are there are left as they are: killed at any 
 machines may share the work. What is read back: `cached_teacher.py`.
 """
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from cheaptrain.data.open import open_rows
 from cheaptrain.data.rows import RowSource, build_rows
 from cheaptrain.data.stream import Int64
 from cheaptrain.data.topk_cache import CacheSpec, Said, begin_cache, finish_cache, has_shard, write_shard
-from cheaptrain.errors import RecipeError
+from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.parallel.mesh import make_mesh
 from cheaptrain.parallel.processes import join, leave
 from cheaptrain.recipe.layout import Layout, planned_processes
@@ -51,6 +52,11 @@ def fill_cache(loaded: LoadedRecipe, part: tuple[int, int] | None, console: Cons
         f"{folder}: {spec.rows:,} rows in {spec.shards:,} shards, {size(spec.rows * spec.row_bytes)}; "
         f"{len(mine):,} to fill here",
     )
+    to_come = sum(len(spec.shard_rows(number)) for number in mine) * spec.row_bytes
+    if to_come > (free := shutil.disk_usage(folder).free):
+        raise PreflightError(
+            f"{folder}: {size(to_come)} to come, {size(free)} free: free space, or give another distill.cache"
+        )
     if mine:
         _ask(surveyed, spec, folder, mine, console)
     if missing := finish_cache(folder, spec):
