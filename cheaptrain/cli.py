@@ -44,6 +44,10 @@ def prepare(
             if not is_future_checkpoint(model) and not any(written_in(model.init_from, other) for other in recipes):
                 fetch_model(model)
         prepare_recipe(recipe, part, console=_console())
+        if part is None and (recipe.eval.tasks or recipe.eval.light):
+            from cheaptrain.train.evaluating import fetch_tasks
+
+            fetch_tasks(recipe)
 
 
 @app.command()
@@ -92,6 +96,9 @@ NodeCount = Annotated[int, typer.Option(min=1, help="machines that train togethe
 NodeRank = Annotated[int, typer.Option(min=0, help="which of them this is, from 0")]
 MainAddress = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="of the first machine, the same on all")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the command and start nothing")]
+Seeds = Annotated[
+    str | None, typer.Option(metavar="1,2,…", help="once for each seed, in run folders that end in -seed1, -seed2, …")
+]
 
 
 @app.command()
@@ -101,6 +108,7 @@ def launch(
     nodes: NodeCount = 1,
     node_rank: NodeRank = 0,
     main_address: MainAddress = None,
+    seeds: Seeds = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train: check the recipes, then start launch/run.py in as many processes as it takes. Ctrl-C saves first."""
@@ -108,8 +116,10 @@ def launch(
 
     paths, overrides = _split(arguments)
     machines = launching.parse_nodes(nodes, node_rank, main_address)
-    code = launching.launch(paths, overrides, _console(), processes=processes, nodes=machines, dry_run=dry_run)
-    raise typer.Exit(code)
+    for of_seed in _of_seeds(paths, overrides, seeds):
+        code = launching.launch(of_seed, overrides, _console(), processes=processes, nodes=machines, dry_run=dry_run)
+        if code:
+            raise typer.Exit(code)
 
 
 @app.command()
@@ -120,6 +130,7 @@ def chain(
     node_rank: NodeRank = 0,
     main_address: MainAddress = None,
     prepare_first: Annotated[bool, typer.Option("--prepare", help="prepare the data of all stages first")] = False,
+    seeds: Seeds = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train several stages, each after what it is made from. Finished ones are skipped; all are checked against each
@@ -133,7 +144,7 @@ def chain(
         typer.echo(shlex.join(["cheaptrain", "prepare", *arguments]))
     elif prepare_first:
         prepare(arguments)
-    launch([*ordered, *overrides], processes, nodes, node_rank, main_address, dry_run)
+    launch([*ordered, *overrides], processes, nodes, node_rank, main_address, seeds, dry_run)
 
 
 @app.command()
@@ -150,6 +161,22 @@ def status(
     print_status(what or [], _console(), as_json=as_json)
 
 
+@app.command()
+def report(
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN|RECIPE…", help="run folders, folders with runs, or recipes; several are a chain"),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="where to write it; default: report/ in the last run")
+    ] = None,
+) -> None:
+    """Write what was asked and what happened as one HTML page, with pictures and report.json. Reads runs only."""
+    from cheaptrain.report.write import report_on
+
+    typer.echo(report_on(what, output))
+
+
 @app.command(name="distill-cache")
 def distill_cache(
     arguments: RecipePaths,
@@ -163,6 +190,72 @@ def distill_cache(
     part = _parse_shard(shard)
     for path in paths:
         fill_cache(load_recipe(path, overrides), part, _console())
+
+
+@app.command(name="eval")
+def evaluate(
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH…|RECIPE…", help="checkpoints, runs, hub ids; recipes, and keys to override"),
+    ],
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="instead of eval.tasks")] = None,
+    task_folder: Annotated[str | None, typer.Option(metavar="DIR", help="folder of lm-eval task files besides")] = None,
+    data_folder: Annotated[str | None, typer.Option(metavar="DIR", help="where their data_files count from")] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE", help="handed to the tasks; may be repeated")
+    ] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="worked examples, for all tasks")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first so many questions of each task")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="requests at once")] = None,
+    chat_template: Annotated[
+        bool | None, typer.Option("--chat-template/--no-chat-template", help="ask in the checkpoint's chat template")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="system turn, or text before each prompt")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of the weights: auto, float32, bfloat16 or float16")] = None,
+    device: Annotated[str | None, typer.Option(help="e.g. cuda:1 or cpu")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="each takes whole tasks, and a GPU if there are")] = 1,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="keep the results there")] = None,
+    all_checkpoints: Annotated[
+        bool, typer.Option("--all-checkpoints", help="all of a run, and its learning curve")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="score also what is scored already")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Score checkpoints in tasks of lm-eval. What was scored before is shown; can be killed and run again."""
+    from cheaptrain.evaluate.command import Options
+    from cheaptrain.evaluate.command import evaluate as score
+
+    given = {
+        "task_folder": task_folder,
+        "data_folder": data_folder,
+        "limit": limit,
+        "batch_size": batch_size,
+        "chat_template": chat_template,
+        "system": system,
+        "dtype": dtype,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    options = Options(
+        tasks, shots, changes, _pairs(metadata or []), output, all_checkpoints, again, device, processes, as_json
+    )
+    score(what, options, _console())
+
+
+@app.command()
+def compare(
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="A B [C…]", help="runs, checkpoints, recipes; seeds: RUN (for RUN-seed1 …), NAME=R1,R2"),
+    ],
+    axis: Annotated[str, typer.Option(metavar="tokens|flops|time", help="of the curves")] = "tokens",
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="write the page and the JSON there")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Hold runs against the first of them: recipes, curves, and scores with what chance alone would have done."""
+    from cheaptrain.compare.logged import parse_axis
+    from cheaptrain.compare.view import print_comparison
+
+    print_comparison(what, parse_axis(axis), output, _console(), as_json=as_json)
 
 
 Against = Annotated[str | None, typer.Option(metavar="PATH", help="another checkpoint, side by side")]
@@ -247,6 +340,21 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     if not paths:
         raise RecipeError("name at least one recipe, e.g. recipes/quickstart/phase1.toml")
     return paths, overrides
+
+
+def _of_seeds(paths: list[str], overrides: list[str], seeds: str | None) -> list[list[str]]:
+    """The recipes to train one after the other: for each seed those that were written for it, or as they are."""
+    from cheaptrain.recipe.seeds import parse_seeds, seeded_recipes
+
+    return [paths] if seeds is None else [seeded_recipes(paths, overrides, seed) for seed in parse_seeds(seeds)]
+
+
+def _pairs(given: list[str]) -> dict[str, str]:
+    """`--metadata KEY=VALUE`, each."""
+    for text in given:
+        if not text.partition("=")[0] or "=" not in text:
+            raise RecipeError(f"--metadata {text}: write KEY=VALUE, e.g. core=data/bench/core")
+    return {text.partition("=")[0]: text.partition("=")[2] for text in given}
 
 
 def _parse_shard(shard: str | None) -> tuple[int, int] | None:

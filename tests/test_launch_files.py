@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from typer.testing import CliRunner
 
-from cheaptrain import cli
+from cheaptrain import cli, launching
 from cheaptrain.recipe.quantities import parse_seconds
 
 ROOT = Path(cli.__file__).parent.parent
@@ -74,6 +75,28 @@ def test_a_node_starts_with_the_wrong_rank_or_address(tmp_path: Path) -> None:
     assert rest == ["recipes/a b.toml", "train.lr=1e-3"]
     key, _, value = limit.partition("=")
     assert key == "run.max_time" and 36_000 - 360 < parse_seconds(value) <= 36_000 - 300
+
+
+@pytest.mark.parametrize("seeds", [[], ["--seeds", "1,2"]])
+def test_the_chain_of_gpt2_cannot_be_started_by_slurm(
+    tmp_path: Path, seeds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = [str(ROOT / "recipes" / "gpt2-124m" / f"{name}.toml") for name in ("pretrain", "sft_tulu3", "sft_gsm8k")]
+    _, _, calls = _sbatch(tmp_path, *seeds, *recipes, SLURM_NNODES="1")
+    monkeypatch.setattr(launching, "visible_gpus", lambda _: 8)
+    monkeypatch.chdir(tmp_path)
+    started = calls[-1][1:]
+    started[started.index("--node-rank") + 1] = "0"  # the stand-in is the second of two
+    done = CliRunner().invoke(cli.app, [*started, "--dry-run"])
+    assert done.exit_code == 0, done.output
+    lines = [line for line in "".join(done.output.split("\n")).split("CHEAPTRAIN_PROCESSES") if line]
+    assert len(lines) == (2 if seeds else 1)
+    for number, line in enumerate(lines, 1):
+        names = [
+            f"{name}-seed{number}.toml" if seeds else f"{name}.toml" for name in ("pretrain", "sft_tulu3", "sft_gsm8k")
+        ]
+        places = [line.index(name) for name in names]
+        assert places == sorted(places) and "run.max_time=" in line and "--num_processes 8" in line
 
 
 def test_a_job_without_an_end_gets_one(tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ from cheaptrain.train.step import train_step
 from cheaptrain.train.survey import survey
 
 REPOSITORY = Path(__file__).parent.parent
-SHIPPED = sorted(path.relative_to(REPOSITORY) for path in REPOSITORY.glob("recipes/**/*.toml") if path.stem != "base")
+SHIPPED = sorted(
+    path.relative_to(REPOSITORY) for path in REPOSITORY.glob("recipes/**/*.toml") if path.parent.name != "parts"
+)
 LAPTOP = Device("a laptop", False, None, 16_000_000_000, here=True)
 
 

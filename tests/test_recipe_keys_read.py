@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from small_runs import prepare, recipe_table, run_child, write_recipe, write_texts
+from task_folders import write_tasks
 
 import cheaptrain
 from cheaptrain.recipe import schema
 
 # Read in the processes that prepare, where the spy of this test does not reach: looked for in the source instead.
-READ_WHILE_PREPARING = (schema.Source, schema.Drills, schema.TokenizerTrain, schema.Tokenizer)
+READ_WHILE_PREPARING = (schema.Source, schema.Drills, schema.TokenizerTrain, schema.Tokenizer, schema.Transform)
 # While preparing, for a hub id only, or only when a step is not finite (tested with the runs).
 READ_ELSEWHERE = {
     *("Data.unit_bytes", "Data.workers", "Data.validation", "Model.revision", "Model.config"),
@@ -76,6 +77,7 @@ def _unseen(function: Any, plain: Any, spy: Any) -> Any:
 
 def test_every_recipe_key_is_read_by_something(tmp_path: Path) -> None:
     write_texts(tmp_path, documents=200)
+    examined = {"task_folder": str(write_tasks(tmp_path)), "tasks": ["stones"], "light": ["stones"], "light_limit": 2}
     turns = [{"prompt": f"{number}?", "completion": f"yes {number}"} for number in range(300)]
     (tmp_path / "turns.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns), encoding="utf-8")
     chats = {
@@ -88,7 +90,7 @@ def test_every_recipe_key_is_read_by_something(tmp_path: Path) -> None:
     sums = {"documents": 9, "digits": 1, "held_out": 0.5}
     asked = {"name": "sums", "drills": sums, "format": "chat", "weight": 0}
     paths = []
-    plain = {"train": {"steps": None, "tokens": 1024}, "env": {"CHEAP": "1"}}
+    plain = {"train": {"steps": None, "tokens": 1024}, "env": {"CHEAP": "1"}, "eval": examined}
     for name, changes in {
         "plain": plain,
         "muon": {

@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
@@ -119,11 +119,28 @@ def print_table(console: Console, works: Sequence[Work], manifests: Mapping[str,
         say(console, f"{name}: {work.directory}")
         if name in manifests and (chat := manifests[name].chat) is not None:
             say(console, f"{name}: {_chat_counts(manifests[name], chat)}")
+        for line in _rewritten(manifests[name]) if name in manifests else ():
+            say(console, f"{name}: {line}")
         if name in manifests and not manifests[name].val.documents and work.job.validation > 0:
             say(console, f"{name}: no document is held out, so there is no validation on it")
         unended = sum(unit.get("unended", 0) for unit in manifests[name].units) if name in manifests else 0
         if unended:
             say(console, f"{name}: {unended:,} documents do not end with end-of-text")
+
+
+def _rewritten(manifest: Manifest) -> Iterator[str]:
+    """What the rules of [[data.transform]] did, and where an added token stood in the text anyway."""
+    rules = manifest.transform or {}
+    for rule, found in rules.items():
+        if found["matches"]:
+            yield (
+                f"rule {rule} rewrote {found['rewritten']:,} of {found['matches']:,} matches in "
+                f"{found['documents']:,} documents, with {found['tokens']:,} added tokens in them"
+            )
+    if idle := [rule for rule, found in rules.items() if not found["matches"]]:
+        yield f"no match of rule {', '.join(idle)}"
+    if manifest.literal:
+        yield f"{manifest.literal:,} documents hold an added token as plain text: it is read as the token there too"
 
 
 def _chat_counts(manifest: Manifest, chat: Mapping[str, int]) -> str:

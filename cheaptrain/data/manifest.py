@@ -29,6 +29,7 @@ from cheaptrain.data.files import (
 )
 from cheaptrain.data.sources import source_spec
 from cheaptrain.data.tokenizer import TextTokenizer
+from cheaptrain.data.transform import rule_spec
 from cheaptrain.data.units import FORMAT, SPLITS
 from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.recipe import schema
@@ -52,7 +53,8 @@ class Totals:
 class Manifest:
     """`settings`: what the key is made of. `units`, in order: {"index", "train", "val", "files", ...}, with file names
     relative to `directory`. `inputs`: [{"name", "fingerprint", "bytes"}]. `chat`, of conversations: how many lost turns
-    ("cut"), where header and answer would merge ("merging"); `dropped` are those of which no exchange fits a row."""
+    ("cut"), where header and answer would merge ("merging"); `dropped` are those of which no exchange fits a row.
+    `transform`: rule → counts of its matches (`transform.py`); `literal`: documents in which an added token stood."""
 
     directory: Path
     name: str
@@ -67,6 +69,8 @@ class Manifest:
     inputs: tuple[Mapping[str, Any], ...]
     units: tuple[Mapping[str, Any], ...]
     chat: Mapping[str, int] | None = None
+    transform: Mapping[str, Mapping[str, int]] | None = None
+    literal: int | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,8 +93,9 @@ class Manifest:
         """As it stands on the disk."""
         content = {key: value for key, value in vars(self).items() if key not in ("directory", "name", "fingerprint")}
         content |= {split: _given(asdict(getattr(self, split))) for split in SPLITS}
-        if self.chat is None:
-            del content["chat"]
+        for key in ("chat", "transform", "literal"):  # they came later: what was prepared before them is still right
+            if content[key] is None:
+                del content[key]
         return content | {"inputs": list(self.inputs), "units": list(self.units)}
 
 
@@ -112,6 +117,8 @@ def source_settings(data: schema.Data, source: schema.Source, tokenizer: TextTok
             raise RecipeError(f"source {source.name!r} holds conversations: say how they are rendered in [chat]")
         template = hashlib.sha256(tokenizer.template.jinja.encode()).hexdigest()
         settings["chat"] = {"version": RENDERING, "template": template, "seq_len": data.seq_len}
+    if rules := data.rules(source):
+        settings["transform"] = [rule_spec(rule) for rule in rules]
     return settings
 
 
@@ -235,6 +242,17 @@ def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
     for key in sorted({*rendered, *wanted}):
         if rendered.get(key) != wanted.get(key):
             differences.append(f"chat {key}: {str(rendered.get(key))[:8]} -> {str(wanted.get(key))[:8]}")
+    rules, others = ({rule["name"]: rule for rule in side.get("transform") or ()} for side in (old, new))
+    for name in (name for name in {**rules, **others} if rules.get(name) != others.get(name)):
+        old_rule, new_rule = rules.get(name, {}), others.get(name, {})
+        if old_rule and new_rule:
+            changed = [key for key in new_rule if old_rule.get(key) != new_rule[key]]
+            for key in changed:
+                differences.append(f"data.transform.{name}.{key}: {old_rule.get(key)} -> {new_rule[key]}")
+        else:
+            differences.append(f"data.transform.{name}: {'there -> absent' if old_rule else 'absent -> there'}")
+    if rules == others and list(rules) != list(others):
+        differences.append(f"data.transform, in order: {', '.join(rules)} -> {', '.join(others)}")
     before, after = old.get("source") or {}, new["source"]
     for key in sorted({*before, *after}):
         if before.get(key) != after.get(key):

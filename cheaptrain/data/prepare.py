@@ -27,6 +27,7 @@ from cheaptrain.data.pool import Pool
 from cheaptrain.data.sources import plan_source
 from cheaptrain.data.tokenizer import TextTokenizer, load_tokenizer
 from cheaptrain.data.train_tokenizer import train_tokenizer
+from cheaptrain.data.transform import Rewriting, idle_rules
 from cheaptrain.data.units import Job
 from cheaptrain.data.work import Work
 from cheaptrain.data.worker import Setup, Task
@@ -82,6 +83,8 @@ def _prepare(
     if recipe.tokenizer.train is not None:
         train_tokenizer(recipe.tokenizer.train, recipe.data, hashes, console)
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.data, recipe.chat)
+    if tokenizer.ordinary:
+        say(console, f"tokenizer: {len(tokenizer.ordinary):,} tokens of add_tokens, {tokenizer.size:,} in all")
     if tokenizer.template is not None:
         _say_template(tokenizer, console)
     interruption.check()
@@ -97,6 +100,8 @@ def _prepare(
     print_table(console, works, manifests, time.monotonic() - started)
     if losses := [problem for manifest in manifests.values() if (problem := refusal_of_losses(manifest, recipe.chat))]:
         raise PreflightError("\n".join(losses))
+    if idle := list(idle_rules(recipe.data, {name: manifest.transform for name, manifest in manifests.items()})):
+        raise PreflightError("\n".join(idle))
     for name, units in missing.items():
         if units:
             listed = ", ".join(map(str, units[:8])) + (", ..." if len(units) > 8 else "")
@@ -141,7 +146,8 @@ def _plan(
             say(console, f"{source.name}: prepared anew; it is there{others}")
         directory.mkdir(parents=True, exist_ok=True)
         locks.enter_context(lock_directory(directory, shard))
-        job = Job(source, directory, recipe.data.validation, owner=f"{shard[0]}of{shard[1]}")
+        rewriting = Rewriting(tuple(recipe.data.rules(source)), tokenizer.ordinary)
+        job = Job(source, directory, recipe.data.validation, f"{shard[0]}of{shard[1]}", rewriting)
         work = Work(job, plan, settings, shard)
         work.clear_temporary()
         work.survey()

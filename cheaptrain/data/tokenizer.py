@@ -9,6 +9,7 @@ of the hash.
 import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from cheaptrain.chat.foreign import ForeignTemplate
 from cheaptrain.chat.rendering import ChatSpec, ChatTemplate
 from cheaptrain.chat.templates import find_template
+from cheaptrain.data.domain import tokens_of
 from cheaptrain.data.encode import EncoderSpec, plain_text_backend
 from cheaptrain.data.pieces import token_pieces
 from cheaptrain.data.train_tokenizer import trained_folder
@@ -37,7 +39,7 @@ class TextTokenizer:
 
     `size`: ids are below it; `eot_id` ends every document; `bos_id` begins one, if the tokenizer itself adds it.
     `template` renders the conversations of this recipe, `end_of_turn_id` ends their answers; `added` special tokens
-    were put in for it, and `limits` is what the recipe says of what may be lost.
+    were put in for it, and `limits` is what the recipe says of what may be lost. `ordinary`: those of add_tokens.
     """
 
     hf: PreTrainedTokenizerBase
@@ -49,6 +51,7 @@ class TextTokenizer:
     end_of_turn_id: int | None = None
     added: tuple[str, ...] = ()
     limits: schema.Chat | None = None
+    ordinary: tuple[str, ...] = ()
 
     @cached_property
     def _backend(self) -> str:
@@ -97,15 +100,54 @@ class TextTokenizer:
 def load_tokenizer(spec: schema.Tokenizer, data: schema.Data, chat: schema.Chat | None = None) -> TextTokenizer:
     """The tokenizer of a recipe. A hub id is taken from the local cache when it is there: no network after preparing.
 
-    With `chat` it has that template and the special tokens of it. Raises PreflightError: not found, not trained yet,
-    not a fast tokenizer, no end-of-text token, a template that cannot be used.
+    It has the tokens of `add_tokens` and, with `chat`, that template and the special tokens of it. Raises
+    PreflightError: not found, not trained yet, not a fast tokenizer, no end-of-text token, tokens that cannot be added,
+    a template that cannot be used.
     """
     if spec.train is not None:
         tokenizer = open_tokenizer(str(trained_folder(spec.train, data)), origin="the trained tokenizer")
     else:
         assert spec.path is not None
         tokenizer = open_tokenizer(spec.path, spec.revision, spec.end_of_text)
+    if spec.add_tokens is not None:
+        tokenizer = with_tokens(tokenizer, tokens_of(spec.add_tokens))
     return tokenizer if chat is None else with_template(tokenizer, chat)
+
+
+def with_tokens(tokenizer: TextTokenizer, tokens: Sequence[str]) -> TextTokenizer:
+    """The same tokenizer with ordinary tokens added behind its own; those it was given before stay as they are.
+
+    Raises PreflightError for what is a word of its vocabulary already (all text would be cut otherwise), a special
+    token, or does not come back from its id as it was written.
+    """
+    hf, wrong = copy.deepcopy(tokenizer.hf), list[str]()
+    vocabulary, there = hf.get_vocab(), {token.content: token for token in hf.added_tokens_decoder.values()}
+    special = set(hf.convert_ids_to_tokens(list(tokenizer.silent_ids)))
+    for token in tokens:
+        if token in special:
+            wrong.append(f"{token!r} is a special token of the tokenizer")
+        elif token in vocabulary and (token not in there or there[token].normalized):
+            wrong.append(f"{token!r} is in its vocabulary already, and text that holds it would be cut otherwise")
+    if not wrong:
+        hf.add_tokens([AddedToken(token, special=False, normalized=False) for token in tokens])
+        wrong = [f"{token!r} does not come back as it was written" for token in tokens if not _comes_back(hf, token)]
+    if wrong:
+        more = f" (and {len(wrong) - 4} more)" if len(wrong) > 4 else ""
+        raise PreflightError(
+            f"tokenizer.add_tokens: {'; '.join(wrong[:4])}{more}; choose other forms, in rare brackets"
+        )
+    return replace(
+        tokenizer, hf=hf, fingerprint=_fingerprint(hf, tokenizer.eot_id, tokenizer.bos_id),
+        size=max(hf.get_vocab().values()) + 1, ordinary=tuple(tokens),
+    )  # fmt: skip
+
+
+def _comes_back(hf: PreTrainedTokenizerBase, token: str) -> bool:
+    """Whether the token is one id between words, and its id the token. An alphabet of bytes reads some letters (`×`
+    alone) as a byte of it, and a longer added token may swallow this one's neighbours."""
+    text, index = f"a{token}{token} b", hf.convert_tokens_to_ids(token)
+    ids = hf.encode(text, add_special_tokens=False)
+    return ids.count(index) == 2 and hf.decode(ids) == text
 
 
 def with_template(tokenizer: TextTokenizer, chat: schema.Chat) -> TextTokenizer:
@@ -213,13 +255,14 @@ def _added_beginning(hf: PreTrainedTokenizerBase) -> int | None:
 
 
 def extends(longer: TextTokenizer, shorter: TextTokenizer) -> bool:
-    """Whether `longer` is `shorter` with special tokens added, or the very same."""
+    """Whether `longer` is `shorter` with special tokens or tokens of add_tokens added, or the very same."""
     parts, added = _decisive(longer.hf, longer.eot_id, longer.bos_id)
     parts_before, added_before = _decisive(shorter.hf, shorter.eot_id, shorter.bos_id)
     names = {index: (content, special) for index, content, special in added}
     before = {index: content for index, content, _ in added_before}
     kept = all(index in names and names[index][0] == content for index, content in before.items())
-    return parts == parts_before and kept and all(names[index][1] for index in names.keys() - before.keys())
+    new = [names[index] for index in names.keys() - before.keys()]
+    return parts == parts_before and kept and all(special or token in longer.ordinary for token, special in new)
 
 
 def _fingerprint(hf: PreTrainedTokenizerBase, eot_id: int, bos_id: int | None) -> str:

@@ -25,6 +25,8 @@ from cheaptrain.data.encode import Encoded
 from cheaptrain.data.files import sealed_json, write_atomically
 from cheaptrain.data.shards import ShardWriter
 from cheaptrain.data.sources import Bad, Document, Unit, read_documents
+from cheaptrain.data.transform import COUNTS as RULE_COUNTS
+from cheaptrain.data.transform import NO_REWRITING, Rewriter, Rewriting
 from cheaptrain.errors import PreflightError
 from cheaptrain.recipe import schema
 
@@ -47,6 +49,7 @@ class Job:
     directory: Path
     validation: float
     owner: str
+    rewriting: Rewriting = NO_REWRITING
 
     @property
     def of_chats(self) -> bool:
@@ -78,11 +81,14 @@ def write_unit(
         ShardWriter(job.directory, f"{split}-{unit.index:05d}", dtype, job.owner, job.of_chats) for split in SPLITS
     ]
     text_bytes, reached, counts = [0, 0], False, Counter[str]()
+    rewriter, rules = Rewriter(job.rewriting), {rule.name: Counter[str]() for rule in job.rewriting.rules}
     try:
         for documents, passed_over in _batches(_checked(read_documents(job.source, unit), refusal), job.source):
             sizes = np.fromiter((len(_text(document)) for document in documents), np.int64, len(documents))
-            held_out = is_held_out(list(map(_spelled, documents)), job.validation)
-            encoded = encode(documents)
+            spelled = list(map(_spelled, documents))
+            held_out = is_held_out(spelled, job.validation)
+            rewritten = rewriter.rewrite(documents, spelled, held_out.tolist())
+            encoded = encode(rewritten.documents)
             ids, lengths = encoded.ids, encoded.lengths
             filled = lengths > 0
             left = None if limit is None else limit - writers[0].tokens
@@ -92,6 +98,9 @@ def write_unit(
             counts["dropped"] += int(np.count_nonzero(~filled[:kept]))
             counts += _chat_counts(encoded, kept)
             taken = np.flatnonzero(filled[:kept])
+            counts["literal"] += sum(rewritten.literal[index] for index in taken)
+            for name, found in rewritten.totals(taken.tolist()).items():
+                rules[name].update(found)
             sizes, held_out, lengths = sizes[taken], held_out[taken], lengths[taken]
             ids = ids[: int(lengths.sum())]
             mask = None if encoded.mask is None else encoded.mask[: len(ids)]
@@ -124,6 +133,10 @@ def write_unit(
             record[split]["supervised"] = writer.supervised
     if job.of_chats:
         record["chat"] = {key: counts[key] for key in CHAT_COUNTS}
+    if rules:
+        record["transform"] = {name: {key: found[key] for key in RULE_COUNTS} for name, found in rules.items()}
+    if job.rewriting.tokens:
+        record["literal"] = counts["literal"]
     write_atomically(record_path(job.directory, unit.index), sealed_json(record), job.owner)
     return record
 

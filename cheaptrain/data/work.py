@@ -111,6 +111,11 @@ class Work:
             bos_id=encoder.bos_id, dtype=encoder.dtype.name, **totals,
             dropped=sum(record["dropped"] for record in kept), skipped=sum(record["skipped"] for record in kept),
             chat={key: sum(record["chat"][key] for record in kept) for key in kept[0].get("chat", ())} or None,
+            transform={
+                rule: {key: sum(record["transform"][rule][key] for record in kept) for key in counts}
+                for rule, counts in kept[0].get("transform", {}).items()
+            } or None,
+            literal=sum(record["literal"] for record in kept) if "literal" in kept[0] else None,
             inputs=tuple(
                 {"name": item.name, "fingerprint": item.fingerprint, "bytes": item.size}
                 for item in self.plan.inputs if item.name in names

@@ -42,7 +42,7 @@ def identity_difference(old: dict[str, Any], new: dict[str, Any], without: Colle
     A key that is not there is at its default: a run that was started before the key existed is still the same run. The
     dotted keys in `without` are not compared.
     """
-    before, after = _leaves(_completed(Recipe, old)), _leaves(_completed(Recipe, new))
+    before, after = leaves(old), leaves(new)
     lines = [
         f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
         for key in dict.fromkeys([*_leaves(old), *_leaves(new)])
@@ -52,6 +52,12 @@ def identity_difference(old: dict[str, Any], new: dict[str, Any], without: Colle
     if first != then and sorted(first) == sorted(then):
         lines.append(f"data.sources, in order: {', '.join(first)} -> {', '.join(then)}")
     return lines
+
+
+def leaves(table: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key → value of an identity, perhaps of another version: defaults filled in, sources by name; what says
+    nothing (null, {}) is left out."""
+    return _leaves(_completed(Recipe, table))
 
 
 def is_operational(section: type[Section], key: str) -> bool:

@@ -56,6 +56,7 @@ class Resolved:
     log_every: int
     validate_every: int
     sample_every: int
+    light_every: int | None
     save_every: int
     keep_every: int | None
     kept: tuple[tuple[int, int | None], ...]
@@ -124,6 +125,7 @@ def resolve(
         log_every=recipe.log.every.steps(batch.tokens_per_step, tokens),
         validate_every=recipe.validation.every.steps(batch.tokens_per_step, tokens),
         sample_every=recipe.samples.every.steps(batch.tokens_per_step, tokens),
+        light_every=_light_every(recipe, legs[-1]),
         save_every=_save_every(recipe, legs[-1]),
         keep_every=kept[-1][1],
         kept=kept,
@@ -164,6 +166,14 @@ def _retention_complaints(recipe: Recipe, named: Callable[[str], str]) -> list[s
 
 def _save_every(recipe: Recipe, leg: Leg) -> int:
     return recipe.checkpoint.every.steps(leg.start.global_batch_tokens, leg.last_tokens)
+
+
+def _light_every(recipe: Recipe, leg: Leg) -> int | None:
+    if not recipe.eval.light:
+        return None
+    if recipe.eval.every is None:
+        return _save_every(recipe, leg)
+    return recipe.eval.every.steps(leg.start.global_batch_tokens, leg.last_tokens)
 
 
 def _keep_every(recipe: Recipe, leg: Leg) -> int | None:

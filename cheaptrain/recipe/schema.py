@@ -11,15 +11,26 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cheaptrain.recipe.quantities import Count, EveryField, Seconds, Span
-from cheaptrain.recipe.schema_data import CHAT_TEMPLATES, ORIGINS, Chat, Data, Drills, Source, Tokenizer, TokenizerTrain
+from cheaptrain.recipe.schema_data import (
+    CHAT_TEMPLATES,
+    ORIGINS,
+    Chat,
+    Data,
+    Drills,
+    Source,
+    Tokenizer,
+    TokenizerTrain,
+    Transform,
+)
+from cheaptrain.recipe.schema_eval import ALL_TASKS, Eval
 from cheaptrain.recipe.schema_train import LENGTHS, Distill, Lora, Train
 from cheaptrain.recipe.section import Clash, Positive, Section, location, operational
 from cheaptrain.recipe.variables import Variables
 
 __all__ = [
-    "CHAT_TEMPLATES", "LENGTHS", "ORIGINS", "Chat", "Checkpoint", "Clash", "Data", "Distill", "Drills", "Log",
-    "Lora", "Model", "Parallel", "Plan", "Probe", "Recipe", "Run", "Samples", "Section", "Source", "Tokenizer",
-    "TokenizerTrain", "Train", "Validation",
+    "ALL_TASKS", "CHAT_TEMPLATES", "LENGTHS", "ORIGINS", "Card", "Chat", "Checkpoint", "Clash", "Data", "Distill",
+    "Drills", "Eval", "Log", "Lora", "Model", "Parallel", "Plan", "Probe", "Recipe", "Run", "Samples", "Section",
+    "Source", "Tokenizer", "TokenizerTrain", "Train", "Transform", "Validation",
 ]  # fmt: skip
 
 
@@ -116,6 +127,14 @@ class Log(Section):
     every: EveryField = operational(Span(1, "steps"), "how often a line of training metrics is written")
     trackers: list[Literal["wandb", "trackio", "tensorboard"]] = operational([], "also send them there")
     project: str = operational("cheaptrain", "project name at the trackers")
+    report: bool = operational(True, "write report/ into the run folder when a launch ends")
+
+
+class Card(Section):
+    """What the model card of each checkpoint (README.md) says that nobody can know from the run."""
+
+    license: str | None = operational(None, "the hub's name of a license, e.g. apache-2.0; none: the card names none")
+    tags: list[str] = operational([], "for the hub, besides cheaptrain")
 
 
 class Plan(Section):
@@ -156,8 +175,10 @@ class Recipe(Section):
     validation: Validation = Field(Validation(), description="loss on held-out documents")
     samples: Samples = Field(Samples(), description="text the model writes")
     probe: Probe | None = operational(None, "sums the model has not seen, asked before and after")
+    eval: Eval = Field(Eval(), description="tasks of lm-eval")
     checkpoint: Checkpoint = Field(Checkpoint(), description="when to save and what to keep")
     log: Log = Field(Log(), description="where the numbers go")
+    card: Card = Field(Card(), description="what the model card says besides what was trained")
     plan: Plan = Field(Plan(), description="what `cheaptrain plan` reckons with")
 
     def clashes(self) -> Iterator[Clash]:

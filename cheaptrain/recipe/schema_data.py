@@ -1,5 +1,6 @@
 """The tables of a recipe that say what is read: tokenizer, sources, rows, and how conversations are rendered."""
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -28,18 +29,33 @@ class Tokenizer(Section):
     revision: str | None = Field(None, description="hub revision; a commit hash pins it")
     train: TokenizerTrain | None = Field(None, description="train one on sources of this recipe instead")
     end_of_text: str | None = Field(None, description="token that ends a document; default: the tokenizer's own")
+    add_tokens: Literal["multiplication"] | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description='ordinary tokens to add, found wherever their characters stand: a list, or "multiplication", 92 to '
+        "write products with",
+    )
 
     def clashes(self) -> Iterator[Clash]:
         yield from self._exactly_one("path", "train")
         if self.path is None:
             for key in self._given("revision", "end_of_text"):
                 yield Clash(f"{key} goes with path, not with [tokenizer.train]", (key, "train"))
+        if isinstance(self.add_tokens, list):
+            for token in self.add_tokens:
+                if token != token.strip() or not token:
+                    yield Clash(f"{token!r} begins or ends with white space, or is empty", ("add_tokens",))
+                elif self.add_tokens.count(token) > 1:
+                    yield Clash(f"{token!r} stands there twice", ("add_tokens",))
 
 
 class Drills(Section):
     """Generated arithmetic: the same seed and count give the same text everywhere."""
 
-    kind: Literal["arithmetic"] = Field("arithmetic", description="what to generate")
+    kind: Literal["arithmetic", "table"] = Field(
+        "arithmetic",
+        description='what to generate; "table": the products of 1 to 9 alone, to be known by heart, which leaves '
+        "digits, operations and held_out without a meaning",
+    )
     documents: PositiveCount = Field(description="how many documents to write", examples=[10_000])
     digits: Annotated[int, Field(ge=1, le=9)] = Field(2, description="longest operand, in digits")
     seed: int = Field(0, description="another seed gives other drills")
@@ -50,6 +66,15 @@ class Drills(Section):
     held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(
         0.0, description="share of all pairs of operands that no drill contains, to be asked later"
     )
+    without_probes: bool = Field(
+        False, description="no drill contains a longer product or a sum that the task arithmetic_probes asks"
+    )
+
+    def clashes(self) -> Iterator[Clash]:
+        if self.kind == "table":
+            for key in ("digits", "operations", "held_out", "without_probes"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    yield Clash(f'{key} goes with kind = "arithmetic", not with "table"', (key, "kind"))
 
 
 CHAT_TEMPLATES = ("chatml", "smollm2", "llama3", "plain")
@@ -142,6 +167,43 @@ class Source(Section):
         return self._given(*ORIGINS)[0]
 
 
+class Transform(Section):
+    """A rule that rewrites text while it is prepared. Rules are applied in order, each to what the one before it left.
+    Held-out documents stay as they are, so that their loss compares with that of other rules, or of none."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = Field(
+        description="what counts, overrides and recipes that extend this one call it", examples=["facts"]
+    )
+    pattern: str = Field(description="regular expression (Python's) to look for", examples=[r"([1-9])×([1-9])"])
+    replace: str = Field(description=r"what to write instead; \1 is the first group", examples=[r"⟦\1×\2⟧"])
+    sources: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="names of the [[data.sources]] it is for; default: all whose kind of text it is for"
+    )
+    to: Literal["text", "assistant", "both"] = Field(
+        "text", description="text: documents; assistant: what the assistant says in conversations; both"
+    )
+    share: Share = Field(1.0, description="of the matches that are rewritten; which, is drawn by document and match")
+
+    def clashes(self) -> Iterator[Clash]:
+        try:
+            pattern = re.compile(self.pattern)
+            if pattern.fullmatch(""):
+                yield Clash("pattern matches nothing at all, which stands everywhere", ("pattern",))
+        except re.error as error:
+            yield Clash(f"pattern is no regular expression: {error}", ("pattern",))
+            return
+        try:
+            pattern.sub(self.replace, "")  # a template is read even where nothing matches
+        except (re.error, IndexError) as error:
+            yield Clash(f"replace does not fit the groups of pattern: {error}", ("replace", "pattern"))
+
+    def applies_to(self, source: Source) -> bool:
+        """Whether the rule is for this source."""
+        named = self.sources is None or source.name in self.sources
+        kinds = {"text": ("text",), "assistant": ("chat",), "both": ("text", "chat")}[self.to]
+        return named and source.format in kinds and source.tokens is None
+
+
 class Data(Section):
     """Sources, where their tokens are kept, and how rows are made of them."""
 
@@ -158,6 +220,11 @@ class Data(Section):
         description="the mixture: one [[data.sources]] for each stream of documents",
         examples=[[{"name": "web", "weight": 1.0, "files": "web/*.jsonl"}]],
     )
+    transform: list[Transform] = Field(
+        [],
+        description="rules that rewrite text while it is prepared",
+        examples=[[{"name": "facts", "pattern": "([1-9])×([1-9])", "replace": r"⟦\1×\2⟧"}]],
+    )
 
     def clashes(self) -> Iterator[Clash]:
         names = [source.name for source in self.sources]
@@ -166,11 +233,38 @@ class Data(Section):
                 f"two sources are called {name!r}",
                 tuple(f"sources.{index}" for index, other in enumerate(names) if other == name),
             )
+        yield from self._clashing_rules()
         sized = [source.weight == "size" for source in self.sources if source.weight != 0]
         if any(sized) and not all(sized):
             yield Clash('weight = "size" is for all sources of a mixture or for none', ("sources",))
         if not sized:
             yield Clash("no source has a weight above 0", ("sources",))
+
+    def rules(self, source: Source) -> list[Transform]:
+        """The rules for this source, in order."""
+        return [rule for rule in self.transform if rule.applies_to(source)]
+
+    def _clashing_rules(self) -> Iterator[Clash]:
+        names = [rule.name for rule in self.transform]
+        there = {source.name: source for source in self.sources}
+        for index, rule in enumerate(self.transform):
+            if names.count(rule.name) > 1:
+                yield Clash(f"two rules are called {rule.name!r}", (f"transform.{index}",))
+            for name in rule.sources or ():
+                if name not in there:
+                    message = f"no [[data.sources]] is called {name!r}; there are {', '.join(there)}"
+                    yield Clash(message, (f"transform.{index}.sources",))
+                elif not rule.applies_to(there[name]):
+                    what = "tokens" if there[name].tokens is not None else there[name].format
+                    yield Clash(
+                        f'source {name!r} holds {what}, and the rule {rule.name!r} is for to = "{rule.to}"',
+                        (f"transform.{index}.to", f"transform.{index}.sources"),
+                    )
+            if not any(rule.applies_to(source) for source in self.sources if source.weight != 0):
+                yield Clash(
+                    f"the rule {rule.name!r} is for no source that is read: mend its to or sources, or leave it out",
+                    (f"transform.{index}",),
+                )
 
 
 class Chat(Section):

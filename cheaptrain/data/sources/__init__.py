@@ -21,7 +21,9 @@ from cheaptrain.recipe import schema
 Document = str | Conversation
 _OF_THIS_MACHINE = ("path", "stamp")
 _BEFORE = {"format": "text"}  # as sources were before the key was there
-_DRILLS_BEFORE = {"operations": ["+", "-", "*"], "steps": False, "held_out": 0.0}
+_DRILLS_BEFORE = {
+    "operations": ["+", "-", "*"], "steps": False, "held_out": 0.0, "without_probes": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

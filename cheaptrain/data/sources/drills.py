@@ -6,14 +6,18 @@ they are the same on every machine and every version of Python, and any worker c
 avoids: `random.Random` promises the same stream for `random()` only, not for `randrange` or `choice`.
 
 With `held_out`, a hash of the two operands says of every pair whether documents may contain it; where they would, the
-line is drawn again. So a model can be asked sums that it has certainly not read (`held_out_questions`).
+line is drawn again. So a model can be asked sums that it has certainly not read (`held_out_questions`). The same is
+done with `without_probes`, where a document or one of its steps would say what the task arithmetic_probes asks. The
+products of `kind = "table"` are the other case: to be known by heart.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 
 from cheaptrain.chat.conversation import Conversation, exchange
 from cheaptrain.data.sources import Document, Plan, Unit, make_unit
+from cheaptrain.data.sources.probes import unseen
 from cheaptrain.data.sources.steps import is_a_step, written_out
 from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.recipe import schema
@@ -22,6 +26,7 @@ RESULT = "#### "  # begins the last line of an answer with steps
 _LINES = 8
 _LINE_BYTES = 24
 _DOCUMENT_BYTES, _CONVERSATION_BYTES = 200, 60  # about
+_OPERANDS = re.compile(r"(\d+) ([+*-]) (\d+)")
 _DRAWS = 1000  # of a line before there can be no pair that is allowed
 
 _OPERATIONS = {
@@ -44,6 +49,10 @@ def plan(source: schema.Source, unit_bytes: int) -> Plan:
     later: dict[str, object] = {"held_out": drills.held_out} if drills.held_out else {}
     if drills.operations != list(_OPERATIONS):
         later["operations"] = drills.operations
+    if drills.kind != "arithmetic":
+        later["kind"] = drills.kind
+    if drills.without_probes:
+        later["without_probes"] = True
     if source.format == "chat":
         later |= {"format": "chat", "steps": drills.steps}
     for start in range(0, total, each):
@@ -108,13 +117,23 @@ def _allowed(random: bytes, drills: schema.Drills, what: str) -> tuple[bytes, tu
     """The random bytes of an exercise that documents may contain, and the exercise: these, or the next that do."""
     for draw in range(1, _DRAWS):
         exercise = _exercise(random, drills)
-        if not _is_held_out(drills, exercise[1], exercise[2]):
+        if not _is_held_out(drills, exercise[1], exercise[2]) and not _says_a_probe(drills, *exercise[:3]):
             return random, exercise
         random = _random(f"cheaptrain drill {drills.seed} {what} again {draw}", 1)
     raise PreflightError(
         f"drills.held_out = {drills.held_out} leaves no pair of operands of {drills.digits} digits; lower it, or raise "
         "drills.digits"
     )
+
+
+def _says_a_probe(drills: schema.Drills, sign: str, a: int, b: int) -> bool:
+    """Whether the exercise, or a line of its steps, is one that `without_probes` leaves out."""
+    if not drills.without_probes:
+        return False
+    said = [(sign, a, b)]
+    for line in written_out(sign, a, b) if drills.steps else ():
+        said += [(operation, int(x), int(y)) for x, operation, y in _OPERANDS.findall(line)]
+    return not unseen().isdisjoint(said)
 
 
 def _is_held_out(drills: schema.Drills, a: int, b: int) -> bool:
@@ -127,6 +146,9 @@ def _is_held_out(drills: schema.Drills, a: int, b: int) -> bool:
 
 def _exercise(random: bytes, drills: schema.Drills) -> tuple[str, int, int, int]:
     """(operation, operands, result) from 24 random bytes."""
+    if drills.kind == "table":
+        a, b = (1 + int.from_bytes(part, "little") % 9 for part in (random[4:14], random[14:24]))
+        return "*", a, b, a * b
     sign = drills.operations[random[0] % len(drills.operations)]
     a = int.from_bytes(random[4:14], "little") % 10 ** (random[2] % drills.digits + 1)
     b = int.from_bytes(random[14:24], "little") % 10 ** (random[3] % drills.digits + 1)
