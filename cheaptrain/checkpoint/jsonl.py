@@ -18,6 +18,7 @@ from cheaptrain.durable import sync
 from cheaptrain.errors import CheaptrainError
 
 _log = logging.getLogger(__name__)
+_BLOCK_BYTES = 2**20
 
 
 class JsonLines:
@@ -131,6 +132,31 @@ def read_records(path: Path, report: Callable[[str], None] | None = None) -> lis
     if broken and report is not None:
         report(f"{path}: {broken} broken line{'s' * (broken > 1)} left out")
     return records
+
+
+def newest_record(path: Path, key: str) -> dict[str, Any] | None:
+    """The last record that has `key`; None without one. Read from the end, so that it costs as little in a long run."""
+    mark, rest = json.dumps(key).encode(), b""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - _BLOCK_BYTES)
+            file.seek(start)
+            lines = (file.read(end - start) + rest).split(b"\n")
+            rest = lines.pop(0) if start else b""  # it may begin in the block before
+            for line in reversed(lines):
+                if mark not in line:
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # torn
+                if isinstance(record, dict) and record.get(key) is not None and isinstance(record.get("step"), int):
+                    return record
+            end = start
+    return None
 
 
 def _finite(value: Any) -> Any:

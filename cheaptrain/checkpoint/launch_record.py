@@ -1,9 +1,12 @@
-"""launch.json in a run folder: what the last launch set out to do, and how it ended.
+"""launch.json in a run folder: what the last launch set out to do, on what, and how it ended; and those before it.
 
 Metrics say how far a run came, not how far it was to go, nor why it is not there. Whoever asks later (`cheaptrain
 status`) may not start anything to find out, so the launch writes it down: once when it begins, once when it ends. The
 trap is the launch that is killed and writes no end: a record without one, on a run that nobody holds the lock of, is
 just that. A record that cannot be written is no reason to end a run.
+
+A run that was stopped and gone on with has had several launches, perhaps on different machines: the records of the
+earlier ones stay, under "earlier", oldest first.
 """
 
 import json
@@ -21,14 +24,23 @@ from cheaptrain.errors import EXIT_DONE, EXIT_FAILURE, CheaptrainError
 _LONGEST_REASON = 500
 
 
+Note = Callable[[Mapping[str, Any]], None]
+
+
 @contextmanager
-def recorded_launch(run: RunDirectory, facts: Mapping[str, Any], report: Callable[[str], None]) -> Iterator[None]:
-    """Write `facts`, this process and the time to the record of `run`, and in the end how the block ended. Whoever
-    calls holds the lock of the run."""
+def recorded_launch(run: RunDirectory, facts: Mapping[str, Any], report: Callable[[str], None]) -> Iterator[Note]:
+    """Write `facts`, this process and the time to the record of `run`, and in the end how the block ended. What becomes
+    known in between is added by calling what is yielded. Whoever calls holds the lock of the run."""
     begun = {**facts, "process": os.getpid(), "host": socket.gethostname(), "began": time.time()}
+    begun["earlier"] = _earlier(run, report)
     _write(run, begun, report)
+
+    def note(more: Mapping[str, Any]) -> None:
+        begun.update(more)
+        _write(run, begun, report)
+
     try:
-        yield
+        yield note
     except BaseException as error:
         _write(run, begun | {"ended": time.time(), "exit_code": _code(error), "reason": _reason(error)}, report)
         raise
@@ -45,11 +57,28 @@ def read_launch(run: RunDirectory) -> dict[str, Any]:
     return content
 
 
+def launches(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The launches that a record tells of, oldest first, each without those before it; none of an empty record."""
+    if not record:
+        return []
+    last = {key: value for key, value in record.items() if key != "earlier"}
+    return [*record.get("earlier", ()), last]
+
+
+def _earlier(run: RunDirectory, report: Callable[[str], None]) -> list[dict[str, Any]]:
+    try:
+        return launches(read_launch(run))
+    except (OSError, ValueError) as error:
+        report(f"{run.launch} cannot be read ({error}): what it said of earlier launches is lost")
+        return []
+
+
 def _write(run: RunDirectory, content: Mapping[str, Any], report: Callable[[str], None]) -> None:
     try:
         replace_json(run.launch, dict(content))
-    except OSError as error:
-        report(f"{run.launch} not written: {error.strerror}; `cheaptrain status` will know less")
+    except (OSError, ValueError) as error:  # ValueError: a figure of the plan that is not finite
+        reason = getattr(error, "strerror", None) or error
+        report(f"{run.launch} not written: {reason}; `cheaptrain status` and `cheaptrain report` will know less")
 
 
 def _code(error: BaseException) -> int:

@@ -19,6 +19,7 @@ from cheaptrain.errors import PreflightError
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
+CARD = "README.md"
 STATE = "state"
 FORMAT = "cheaptrain checkpoint"
 FORMAT_VERSION = 2  # 1: state/ of one process, with random states; the folder beside it is the same
@@ -170,7 +171,7 @@ def listed_files(folder: Path) -> list[str]:
 def _read_by_a_stage(manifest: dict[str, Any]) -> dict[str, str]:
     """Hashes of the files that a stage reads which starts from the checkpoint."""
     files = manifest["files"].items()
-    return {name: told["sha256"] for name, told in files if name != RECIPE and not name.startswith(f"{STATE}/")}
+    return {n: told["sha256"] for n, told in files if n not in (RECIPE, CARD) and not n.startswith(f"{STATE}/")}
 
 
 def _is_ours(path: Path) -> bool:

@@ -56,6 +56,8 @@ class TaskResult:
     baseline: float | None = None
     items: str | None = None  # file name beside eval.json
     results: str | None = None  # the harness's own JSON, beside it
+    notes: tuple[str, ...] = ()  # what one should know of the number: prompts that were cut, say
+    shown: bool = False  # there to be read; its metric is no score
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ class Evaluation:
     results: tuple[TaskResult, ...] = ()
 
     def newest(self) -> dict[str, TaskResult]:
-        """The last result of each task, of this very checkpoint."""
-        return {result.task: result for result in sorted(self.results, key=lambda result: result.when)}
+        """One result of each task: of those with most questions the last, so that a quick look at ten of them does not
+        hide the whole."""
+        return {result.task: result for result in sorted(self.results, key=lambda result: (result.n, result.when))}
 
 
 @dataclass(frozen=True)
@@ -165,5 +168,6 @@ def _task_result(entry: Mapping[str, Any]) -> TaskResult:
             **entry,
             "metrics": tuple(Metric(**metric) for metric in entry["metrics"]),
             "members": tuple(entry["members"]),
+            "notes": tuple(entry.get("notes", ())),
         }
     )

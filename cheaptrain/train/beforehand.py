@@ -24,8 +24,10 @@ from cheaptrain.recipe.identity import identity
 from cheaptrain.recipe.layout import Layout
 from cheaptrain.recipe.load import LoadedRecipe
 from cheaptrain.recipe.parents import PARENT_KEYS, parents, written_in
+from cheaptrain.recipe.schema import Eval
 from cheaptrain.train.aligned import refuse_layout
 from cheaptrain.train.cached_teacher import cache_of
+from cheaptrain.train.evaluating import wrong_tasks
 from cheaptrain.train.lineage import changed_since
 from cheaptrain.train.metrics import refuse_missing_trackers
 from cheaptrain.train.probing import wrong_questions
@@ -48,7 +50,7 @@ def refuse_disorder(recipes: Sequence[LoadedRecipe]) -> None:
 def refuse_later_failures(surveys: Sequence[Survey], report: Callable[[str], None]) -> None:
     """Raise PreflightError for prompts, trackers, tokenizers, templates, layouts, changed ancestors and full disks that
     a stage would only stumble over once it runs. What is odd and meant goes to `report`."""
-    problems, seen = list(changed_since(surveys)), set[str]()
+    problems, seen, asked = list(changed_since(surveys)), set[str](), list[tuple[Eval, str]]()
     for number, survey in enumerate(surveys):
         recipe, tokenizer = survey.loaded.recipe, survey.tokenizer
         found = check_prompts(tokenizer.hf, recipe.samples.prompts, survey.positions)
@@ -57,6 +59,10 @@ def refuse_later_failures(surveys: Sequence[Survey], report: Callable[[str], Non
         problems += [f"{survey.loaded.path}: {problem}" for problem in _adapters_alone(survey, surveys[:number])]
         problems += [f"{survey.loaded.path}: {problem}" for problem in _other_shapes(survey, surveys[:number])]
         problems += [f"{survey.loaded.path}: {problem}" for problem in wrong_questions(survey, surveys[:number])]
+        examined = (recipe.eval, tokenizer.fingerprint)
+        if examined not in asked:
+            asked.append(examined)
+            problems += [f"{survey.loaded.path}: {problem}" for problem in wrong_tasks(recipe, tokenizer)]
         if other := other_template(survey, surveys[:number]):
             if other.meant:
                 report(other.text)

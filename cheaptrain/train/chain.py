@@ -7,8 +7,9 @@ does not fail at three in the morning over a typing error.
 import gc
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,14 +18,15 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.text import Text
 
-from cheaptrain.checkpoint.launch_record import recorded_launch
+from cheaptrain.checkpoint.launch_record import Note, recorded_launch
 from cheaptrain.checkpoint.paths import STACKS, RunDirectory
 from cheaptrain.checkpoint.rundir import OpenedRun, open_run_together
 from cheaptrain.checkpoint.state_files import read_scalars
 from cheaptrain.checkpoint.verify import STATE, Checkpoint
 from cheaptrain.console import lasting_console
 from cheaptrain.data.manifest import verify_manifest
-from cheaptrain.errors import CheaptrainError, PreflightError, StoppedError
+from cheaptrain.environment import environment_of
+from cheaptrain.errors import CheaptrainError, DivergedError, PreflightError, StoppedError
 from cheaptrain.launched import assert_started
 from cheaptrain.parallel.processes import Processes, join, leave
 from cheaptrain.parallel.recorder import record_collectives
@@ -34,8 +36,11 @@ from cheaptrain.recipe.length import Done
 from cheaptrain.recipe.load import LoadedRecipe, load_recipes
 from cheaptrain.recipe.schema import Recipe
 from cheaptrain.report.plan import print_plan
+from cheaptrain.report.subjects import Subject
+from cheaptrain.report.write import report_at_the_end
 from cheaptrain.say import say
 from cheaptrain.train.beforehand import refuse_disorder, refuse_later_failures
+from cheaptrain.train.evaluating import score_final
 from cheaptrain.train.ledger import Ledger
 from cheaptrain.train.lineage import inputs_of
 from cheaptrain.train.loop import train
@@ -45,6 +50,8 @@ from cheaptrain.train.setup import refuse_without_space, set_up
 from cheaptrain.train.signals import StopRequest, agreed_stop, stop_on_signals
 from cheaptrain.train.stage import Stage
 from cheaptrain.train.survey import Survey, going_on, survey_all
+
+_LONG_SECONDS = 300  # a stage of minutes has a report of its own as it ends; the last report has them all
 
 
 def run_chain(paths: Sequence[str], overrides: Sequence[str]) -> list[Outcome]:
@@ -74,11 +81,33 @@ def _run_stages(recipes: Sequence[LoadedRecipe], processes: Processes, stop: Sto
     for survey in surveys:
         if agreed_stop(stop, processes):
             raise StoppedError(f"{stop.name}: stopped before {survey.loaded.name}. Run the same command to go on.")
-        outcomes.append(_run_stage(survey, processes, stop, console))
+        try:
+            outcomes.append(_run_stage(survey, processes, stop, console))
+        except DivergedError:
+            if processes.is_main:
+                _report([survey], console, "What led to it, to be opened in a browser:")
+            raise
         gc.collect()
+        if survey is not surveys[-1] and outcomes[-1].seconds > _LONG_SECONDS:
+            processes.on_main(partial(_report, [survey], console))
     if processes.is_main:
         print_outcomes(outcomes, console)
+        _report(surveys, console, "What was asked and what happened, curves and scores, to be opened in a browser:")
+    if unscored := [text for outcome in outcomes for text in outcome.unscored]:
+        raise CheaptrainError("\n".join(["trained, and saved; but these tasks could not be scored:", *unscored]))
     return outcomes
+
+
+def _report(surveys: Sequence[Survey], console: Console, saying: str | None = None) -> None:
+    """Write the report of these stages, if the last of them wants one, and say where it lies after `saying`."""
+    if not surveys[-1].loaded.recipe.log.report:
+        return
+    recipes = [survey.loaded for survey in surveys]
+    subjects = [Subject(loaded.name, RunDirectory(Path(loaded.recipe.run.dir)), loaded) for loaded in recipes]
+    page = report_at_the_end(subjects, lambda text: say(console, text, "yellow"))
+    if page is not None and saying is not None:
+        say(console, saying)
+        say(console, f"  {page}")
 
 
 def _check_all(surveys: Sequence[Survey], console: Console) -> None:
@@ -117,18 +146,36 @@ def _run_stage(survey: Survey, processes: Processes, stop: StopRequest, console:
         if opened.decision == "done":
             say(console, f"{loaded.name} is done already: {opened.directory.final}")
             processes.on_main(lambda: probe_after(survey, opened.directory))
-            return outcome_of(survey, "done before", 0.0, survey.resolved.steps, report)
-        facts = {"name": loaded.name, "steps": survey.resolved.steps, "tokens": survey.resolved.tokens}
-        record = recorded_launch(opened.directory, facts | {"processes": processes.size}, report)
-        with record if processes.is_main else nullcontext():
-            return _train_stage(survey, opened, processes, stop, console)
+            outcome = outcome_of(survey, "done before", 0.0, survey.resolved.steps, report)
+            return _examined(outcome, recipe, processes, stop, console)
+        with _recorded(survey, opened, processes, report) as note:
+            outcome = _train_stage(survey, opened, processes, stop, console, note)
+            return _examined(outcome, recipe, processes, stop, console)
+
+
+def _recorded(
+    survey: Survey, opened: OpenedRun, processes: Processes, report: Callable[[str], None]
+) -> AbstractContextManager[Note]:
+    """The record of this launch, on the main process."""
+    if not processes.is_main:
+        return nullcontext(lambda more: None)
+    facts = {
+        "name": survey.loaded.name,
+        "recipe": str(survey.loaded.path),
+        "steps": survey.resolved.steps,
+        "tokens": survey.resolved.tokens,
+        "processes": processes.size,
+        "from_step": opened.resumed_step or 0,
+        "environment": environment_of(processes.device),
+    }
+    return recorded_launch(opened.directory, facts, report)
 
 
 def _train_stage(
-    survey: Survey, opened: OpenedRun, processes: Processes, stop: StopRequest, console: Console
+    survey: Survey, opened: OpenedRun, processes: Processes, stop: StopRequest, console: Console, note: Note
 ) -> Outcome:
     recipe = survey.loaded.recipe
-    processes.on_main(lambda: print_plan(survey, console))  # it may refuse, too
+    processes.on_main(lambda: note({"plan": print_plan(survey, console)}))  # it may refuse, too
     processes.on_main(lambda: refuse_without_space(survey, opened))
     trackers = Accelerator(
         cpu=processes.device.type == "cpu",
@@ -149,6 +196,15 @@ def _train_stage(
             train(stage)
     processes.on_main(lambda: probe_after(survey, opened.directory))
     return outcome_of(survey, "trained", time.perf_counter() - began, from_step, partial(say, console))
+
+
+def _examined(outcome: Outcome, recipe: Recipe, processes: Processes, stop: StopRequest, console: Console) -> Outcome:
+    """The outcome of a finished stage once its tasks are scored, with nothing of training in memory any more."""
+    gc.collect()
+    if processes.device.type == "cuda":
+        torch.cuda.empty_cache()
+    failed = score_final(recipe, outcome.name, outcome.run, processes, stop, console)
+    return replace(outcome, unscored=tuple(failed))
 
 
 def _last_step(survey: Survey, checkpoint: Checkpoint | None) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from contextlib import closing
 from typing import Any
 
+import psutil
 import torch
 
 from cheaptrain.checkpoint.jsonl import read_records
@@ -22,6 +23,7 @@ from cheaptrain.errors import DivergedError, StoppedError
 from cheaptrain.parallel.mesh import data_rank
 from cheaptrain.say import say
 from cheaptrain.train.display import Display
+from cheaptrain.train.evaluating import SIGN, LightSet, score_light
 from cheaptrain.train.randomness import seed_step
 from cheaptrain.train.samples import write_samples
 from cheaptrain.train.save import collect_save, poll_save, save
@@ -138,14 +140,17 @@ def _step_metrics(stage: Stage, result: StepResult, seconds: float) -> dict[str,
         values["train/skipped_steps"] = stage.ledger.skipped_steps
     if stage.peak_flops:
         values["train/mfu"] = speed * stage.flops_per_token / (stage.peak_flops * stage.resolved.world_size)
+    values["system/memory"] = psutil.Process().memory_info().rss  # of this process, in the machine's memory
     if stage.compute.device.type == "cuda":
         values["system/gpu_memory"] = torch.cuda.max_memory_allocated(stage.compute.device)
     return values
 
 
 def _observed(stage: Stage) -> set[str]:
-    """What of "validation" and "samples" the records have already for the step that the run begins or goes on from."""
-    signs = {"validation": (stage.run.metrics, "val/seconds"), "samples": (stage.run.samples, "text")}
+    """What of "validation", "samples" and "light" the records have already for the step that the run begins or goes on
+    from."""
+    metrics, samples = stage.run.metrics, stage.run.samples
+    signs = {"validation": (metrics, "val/seconds"), "samples": (samples, "text"), "light": (metrics, SIGN)}
     return {
         what
         for what, (path, key) in signs.items()
@@ -154,8 +159,8 @@ def _observed(stage: Stage) -> set[str]:
 
 
 def _observe(stage: Stage, *, first: bool, done: Collection[str] = ()) -> bool:
-    """Validation and samples, where they are due and not `done`. Breaks off and returns True when a process is asked
-    to stop; what is broken off leaves no record."""
+    """Validation, samples and the light set of tasks, where they are due and not `done`. Breaks off and returns True
+    when a process is asked to stop; what is broken off leaves no record."""
     step, resolved = stage.ledger.step, stage.resolved
     ends = first or step == resolved.steps
 
@@ -188,7 +193,30 @@ def _observe(stage: Stage, *, first: bool, done: Collection[str] = ()) -> bool:
             return True
         for sample in written:
             stage.samples.append({"step": step, **sample})
+    every = resolved.light_every
+    if stage.light and every and "light" not in done and (ends or step % every == 0):
+        return not _score_light(stage, stage.light)
     return False
+
+
+def _score_light(stage: Stage, light: LightSet) -> bool:
+    """Score the tasks of the light set; False when a process was asked to stop, and nothing is recorded."""
+    step, last = stage.ledger.step, stage.ledger.step == stage.resolved.steps
+    scores = score_light(
+        light,
+        stage.model,
+        stage.processes,
+        stop=lambda: bool(stage.stop) and not last,
+        beat=lambda allow: stage.watch.beat("scoring tasks", step, allow),
+    )
+    if scores is None:
+        agreed_stop(stage.stop, stage.processes)
+        return False
+    stage.metrics.write(step, scores.metrics | {"train/tokens": stage.ledger.tokens_seen})
+    say(stage.console, f"step {step:,}: {scores.line or 'no task could be scored'}", "dim")
+    for failure in scores.failures:
+        say(stage.console, f"step {step:,}: not scored: {failure}", "yellow")
+    return True
 
 
 def _not_finite(stage: Stage, result: StepResult, seconds: float) -> None:

@@ -35,6 +35,7 @@ class Outcome:
     run: RunDirectory
     answers_only: bool  # whether only what the assistant says is learned, and scored
     talks: bool  # whether conversations are among what it learned
+    unscored: tuple[str, ...] = ()  # tasks of [eval] that failed, and why
 
 
 def outcome_of(survey: Survey, state: str, seconds: float, from_step: int, report: Callable[[str], None]) -> Outcome:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import constants as hub_constants
 
+from cheaptrain.data.domain import tokens_of
 from cheaptrain.data.manifest import Manifest, load_manifest
 from cheaptrain.data.open import source_facts
 from cheaptrain.data.tokenizer import TextTokenizer, load_tokenizer, with_template
@@ -149,14 +150,16 @@ def _vocabulary(recipe: Recipe, model: Model, earlier: Sequence[Outlook], gaps: 
     """The size a tokenizer that is not here will have, where something says it."""
     if before := written_by(recipe.tokenizer.path, earlier):
         return before.vocab_size
+    added = len(tokens_of(recipe.tokenizer.add_tokens))
     if recipe.tokenizer.train is not None:
-        return recipe.tokenizer.train.vocab_size
+        return recipe.tokenizer.train.vocab_size + added
     if model.init_from is not None and Path(model.init_from).is_dir():
         return checkpoint_config(model).vocab_size
     for beginning, size in _PUBLISHED_VOCABULARY.items():
         if model.preset is not None and model.preset.startswith(beginning):
-            gaps.append(f"its vocabulary is taken to be that {model.preset} was published with, {size:,}")
-            return size
+            more = f", and {added:,} added" if added else ""
+            gaps.append(f"its vocabulary is taken to be that {model.preset} was published with, {size:,}{more}")
+            return size + added
     return None
 
 

@@ -7,15 +7,20 @@ a run may not fail.
 """
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from cheaptrain.checkpoint.load import ADAPTER, saved_tensors
 from cheaptrain.checkpoint.state import optimizer_tensors
+from cheaptrain.checkpoint.verify import CARD
 from cheaptrain.checkpoint.write import CheckpointParts
 from cheaptrain.errors import CheaptrainError
 from cheaptrain.model.lora import adapters
 from cheaptrain.model.twin import plain_twin
+from cheaptrain.report.model_card import CardFacts, model_card
 from cheaptrain.say import say
 from cheaptrain.train.saving import allowed_difference, live_logits, prove_saved
 from cheaptrain.train.stage import Stage
@@ -100,7 +105,7 @@ def _parts(stage: Stage, final: bool) -> CheckpointParts:
     with_state = not final or stage.recipe.checkpoint.state_in_final
     return CheckpointParts(
         weights=weights,
-        files=form.files if form else {},
+        files={**form.files, CARD: _card(stage, weights).encode()} if form else {},
         prove=partial(
             prove_saved,
             form,
@@ -118,4 +123,24 @@ def _parts(stage: Stage, final: bool) -> CheckpointParts:
             "optimizer": scalars,
         },
         estimated_bytes=stage.checkpoint_bytes,
+    )
+
+
+def _card(stage: Stage, weights: Mapping[str, Tensor]) -> str:
+    config, ledger = stage.model.config, stage.ledger
+    return model_card(
+        CardFacts(
+            name=stage.name,
+            recipe=stage.recipe,
+            run=stage.run,
+            step=ledger.step,
+            steps=stage.resolved.steps,
+            tokens=ledger.tokens_seen,
+            supervised_tokens=ledger.supervised_tokens,
+            source_tokens=ledger.source_tokens,
+            kind=type(stage.model).__name__,
+            parameters=sum(tensor.numel() for tensor in weights.values()),
+            positions=getattr(config, "max_position_embeddings", None) or stage.recipe.data.seq_len,
+            vocabulary=config.vocab_size,
+        )
     )

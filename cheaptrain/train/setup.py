@@ -46,6 +46,7 @@ from cheaptrain.train.aligned import AlignedDistillation, TeacherOfSpans
 from cheaptrain.train.alike import refuse_other_beginnings
 from cheaptrain.train.cached_teacher import CachedTeacher, cache_of
 from cheaptrain.train.distillation import Distillation, distillation_loss
+from cheaptrain.train.evaluating import load_light
 from cheaptrain.train.ledger import Ledger
 from cheaptrain.train.metrics import Metrics, Unwritten, start_trackers
 from cheaptrain.train.objective import OBJECTIVES, Compute, Objective
@@ -109,6 +110,8 @@ def set_up(
         )
     run_id = scalars["run_id"] if scalars else processes.on_main(lambda: uuid.uuid4().hex[:12])
 
+    watch.beat("loading the tasks of eval.light", 0)
+    light = load_light(recipe, survey.tokenizer, processes)
     loader = _loader(survey, mesh)
     token_bytes = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     token_bytes[: survey.tokenizer.size] = torch.from_numpy(survey.tokenizer.token_bytes())
@@ -154,6 +157,7 @@ def set_up(
         ledger=ledger,
         metrics=Metrics(metrics, trackers),
         samples=samples,
+        light=light,
         saving=begin_saving(run, processes, recipe, resolved, model, survey.tokenizer),
         stop=stop,
         console=console,

@@ -19,6 +19,7 @@ from cheaptrain.parallel.root import Root
 from cheaptrain.parallel.watch import Watch
 from cheaptrain.recipe.resolve import Resolved
 from cheaptrain.recipe.schema import Recipe
+from cheaptrain.train.evaluating import LightSet
 from cheaptrain.train.ledger import Ledger
 from cheaptrain.train.metrics import Metrics, Unwritten
 from cheaptrain.train.objective import Compute, Objective
@@ -53,6 +54,7 @@ class Stage:
     ledger: Ledger
     metrics: Metrics
     samples: JsonLines | Unwritten
+    light: LightSet | None  # tasks scored while training
     saving: Saving
     stop: StopRequest
     console: Console

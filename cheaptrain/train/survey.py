@@ -18,6 +18,7 @@ from cheaptrain.data.open import source_facts
 from cheaptrain.data.order import MixtureOrder
 from cheaptrain.data.same_tokenizer import is_same, refuse_other_tokenizer, vocabulary_in
 from cheaptrain.data.tokenizer import TextTokenizer, extends, load_tokenizer, open_tokenizer
+from cheaptrain.data.transform import idle_rules
 from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.model.config import checkpoint_config, model_config, vocabulary_growth
 from cheaptrain.model.facts import model_facts
@@ -86,6 +87,8 @@ def survey(loaded: LoadedRecipe, world_size: int, earlier: Sequence[Survey] = ()
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.data, recipe.chat)
     _refuse_more_than_all(recipe.distill, tokenizer)
     manifests = {source.name: load_manifest(recipe.data, source, tokenizer) for source in weighted(recipe)}
+    if idle := list(idle_rules(recipe.data, {name: manifest.transform for name, manifest in manifests.items()})):
+        raise PreflightError("\n".join(idle))
     model = origin(recipe.model, tokenizer, earlier)
     facts = model_facts(model, vocab_size=tokenizer.size, seq_len=recipe.data.seq_len, lora=recipe.lora)
     sources = {name: source_facts(manifest, recipe.data.seq_len) for name, manifest in manifests.items()}
@@ -133,7 +136,7 @@ def origin(model: Model, tokenizer: TextTokenizer | None, earlier: Sequence[Plan
     if tokenizer and before.tokenizer and not extends(tokenizer, before.tokenizer):
         raise RecipeError(
             f"model.init_from = {model.init_from!r} will be trained with another tokenizer ({before.loaded.path}) than "
-            "this recipe uses; both must have the same [tokenizer], or this one special tokens added to it"
+            "this recipe uses; both must have the same [tokenizer], or this one tokens added to it"
         )
     if model.init_from is not None and Path(model.init_from).exists():
         return model
@@ -231,10 +234,12 @@ def _refuse_other_tokenizer(model: Model, tokenizer: TextTokenizer) -> None:
     if file is None:
         return
     if not file.is_file():
-        if tokenizer.added and getattr(checkpoint_config(model), "unpadded_vocab_size", None) is None:
+        adding = [f"chat.template adds {', '.join(tokenizer.added)}"] if tokenizer.added else []
+        adding += ["tokenizer.add_tokens adds its own"] if tokenizer.ordinary else []
+        if adding and getattr(checkpoint_config(model), "unpadded_vocab_size", None) is None:
             raise RecipeError(
                 f"model.init_from: {model.init_from} has no tokenizer.json, so nobody knows which of its rows mean "
-                f"something, and chat.template adds {', '.join(tokenizer.added)}: put its tokenizer there"
+                f"something, and {' and '.join(adding)}: put its tokenizer there"
             )
         return
     saved = Tokenizer.from_file(str(file))
