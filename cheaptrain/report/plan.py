@@ -6,6 +6,7 @@ plan with.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 
@@ -15,14 +16,17 @@ from cheaptrain.recipe.load import LoadedRecipe
 from cheaptrain.report.advice import impossibilities
 from cheaptrain.report.device import device_to_plan_for, this_device
 from cheaptrain.report.plan_view import print_report
+from cheaptrain.report.planned import plan_figures
 from cheaptrain.report.reckon import plan_report
 from cheaptrain.train.outlook import Outlook, outlook_of, survey_leniently
 from cheaptrain.train.survey import Survey
 
 
-def print_plan(survey: Survey, console: Console) -> None:
-    """The block that opens training, for this machine."""
-    print_report(plan_report(outlook_of(survey), this_device()), console)
+def print_plan(survey: Survey, console: Console) -> dict[str, Any]:
+    """The block that opens training, for this machine. Returns its figures, to be held against what comes of it."""
+    report = plan_report(outlook_of(survey), this_device())
+    print_report(report, console)
+    return plan_figures(report)
 
 
 def print_plans(
