@@ -9,9 +9,18 @@ import numpy as np
 from safetensors.numpy import save_file
 from small_runs import recipe_table, write_recipe
 
-from cheaptrain.checkpoint.verify import seal
+from cheaptrain.checkpoint.verify import seal, stated_fingerprint
 from cheaptrain.durable import canonical_json, sha256_of
-from cheaptrain.evaluate.results import Evaluation, Item, Metric, Scored, TaskResult, write_evaluation, write_items
+from cheaptrain.evaluate.results import (
+    Evaluation,
+    Item,
+    Metric,
+    Scored,
+    TaskResult,
+    read_evaluation,
+    write_evaluation,
+    write_items,
+)  # fmt: skip
 from cheaptrain.recipe.identity import identity
 from cheaptrain.recipe.load import load_recipe
 
@@ -102,17 +111,29 @@ def checkpointed(run: Path, step: int, weight: float, *, final: bool = True) -> 
     return folder
 
 
-def scored(run: Path, step: int, tasks: Mapping[str, tuple[float, float | None, int]], **more: Any) -> None:
-    """An evaluation of a checkpoint: value, standard error and n of each task; `more` are fields of all results."""
+def scored(
+    run: Path,
+    step: int,
+    tasks: Mapping[str, tuple[float, float | None, int]],
+    *,
+    settings: Mapping[str, Any] | None = None,
+    add: bool = False,
+    **more: Any,
+) -> None:
+    """An evaluation of the checkpoint of `step`, by its hash if it is there: value, standard error and n of each task;
+    `more` are fields of all results. In the place of what was scored of it before, or with `add` beside it."""
     folder = run / "eval" / f"step-{step:06d}"
     results = [
         TaskResult(
-            task=task, key="k", version="1", n=n, metrics=(Metric("acc", value, error),), settings={"shots": 0},
-            seconds=1.0, harness="lm-eval 0.4.13", when=f"2026-11-20T00:00:{number:02d}+00:00", **more,
+            task=task, key="k", n=n, metrics=(Metric("acc", value, error),), settings={"shots": 0, **(settings or {})},
+            seconds=1.0, harness="lm-eval 0.4.13", when=f"2026-11-20T00:00:{number:02d}+00:00",
+            **({"version": "1"} | more),
         )
         for number, (task, (value, error, n)) in enumerate(tasks.items())
     ]  # fmt: skip
-    checkpoint = Scored(str(run / "checkpoints" / folder.name), f"{step:064d}", step, step * TOKENS)
-    write_evaluation(Evaluation(folder, checkpoint, tuple(results)))
+    weights = run / "checkpoints" / folder.name
+    checkpoint = Scored(str(weights), stated_fingerprint(weights) or f"{step:064d}", step, step * TOKENS)
+    before = read_evaluation(folder).results if add else ()
+    write_evaluation(Evaluation(folder, checkpoint, (*before, *results)))
     if more.get("shown"):
         write_items(folder / more["items"], [Item(0, "d", {}, answer="blue", extra={"prompt": "The sky is"})])

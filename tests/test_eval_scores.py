@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from cheaptrain.evaluate import command, run
 from cheaptrain.evaluate.command import Options, evaluate
 from cheaptrain.evaluate.curves import learning_curves
 from cheaptrain.evaluate.harness import load_lm, score
-from cheaptrain.evaluate.results import Evaluation, read_evaluation, read_items
+from cheaptrain.evaluate.results import Evaluation, Metric, Scored, TaskResult, read_evaluation, read_items
 from cheaptrain.evaluate.run import asking, shares
+from cheaptrain.evaluate.standing import keep, standing
 from cheaptrain.evaluate.suite import load_suite
 from cheaptrain.model.saving import save_model
 from cheaptrain.recipe.schema import Eval
@@ -352,6 +354,40 @@ def test_results_of_another_model_in_a_step_s_folder_are_mixed_in(place: Path) -
     aside = read_evaluation(at / "eval" / f"step-000010.of-{old.checkpoint.hash[:12]}")
     assert aside.results == old.results
     assert [curve.task for curve in learning_curves(RunDirectory(at))] == ["pebbles"]
+
+
+def test_the_mean_of_a_group_outlives_its_tasks(place: Path) -> None:
+    _evaluate("one", tasks="nature")
+    kept = _kept()
+    stones = kept.newest()["stones"]
+    better = replace(stones, metrics=tuple(replace(metric, value=metric.value + 0.5) for metric in stones.metrics))
+    keep(kept.folder, kept.checkpoint, better)
+    before = kept.newest()["nature"].metrics[0].value
+    _evaluate("one", tasks="nature")
+    assert _kept().newest()["nature"].metrics[0].value == pytest.approx(before + 0.25)  # half of it: of two tasks
+
+
+def test_results_that_take_turns_in_a_folder_are_lost_or_cannot_be_written(tmp_path: Path) -> None:
+    result = TaskResult("t", "k", "1", 10, (Metric("acc", 0.5),), {}, 0.0, "lm-eval", "2026-01-01")
+    one, other = Scored("x", "a" * 64), Scored("x", "b" * 64)
+    for turn in range(6):
+        scored = (one, other)[turn % 2]
+        assert len(standing(tmp_path / "at", scored).results) == turn // 2
+        keep(tmp_path / "at", scored, replace(result, key=str(turn)))
+    assert {place.name for place in tmp_path.iterdir() if place.is_dir()} == {"at", f"at.of-{'a' * 12}"}
+
+
+def test_a_quick_look_hides_the_whole_or_an_old_version_the_new_one() -> None:
+    def result(version: str, n: int, month: int) -> TaskResult:
+        return TaskResult("t", f"{n}", version, n, (Metric("acc", 0.5),), {}, 0.0, "lm-eval", f"2026-{month:02}-01")
+
+    def newest(*results: TaskResult) -> tuple[str, int]:
+        found = Evaluation(Path(), Scored("x", "a"), results).newest()["t"]
+        return found.version, found.n
+
+    assert newest(result("1", 100, 1), result("1", 10, 2)) == ("1", 100)
+    assert newest(result("2", 90, 2), result("1", 100, 1)) == ("2", 90)
+    assert newest(result("1", 100, 1), result("1", 100, 3), result("2", 10, 2)) == ("1", 100)
 
 
 def _evaluate_json(path: str) -> str:

@@ -175,6 +175,16 @@ def test_a_setting_that_a_task_does_not_take_is_dropped(tmp_path: Path) -> None:
         _load(tasks, "stones")
 
 
+def test_shots_of_a_group_are_ignored_or_those_of_a_task_not_asked_are_a_mistake(tmp_path: Path) -> None:
+    tasks = write_tasks(tmp_path)
+    found = _load(tasks, "nature", shots={"nature": 2, "pebbles": 1}).tasks
+    assert {name: asked.shots for name, asked in found.items()} == {"stones": 2, "pebbles": 1}
+    settings = Eval(task_folder=str(tasks), shots={"pebbles": 1})
+    assert load_suite(settings, ["stones"], complete=False).tasks["stones"].shots == 0
+    with pytest.raises(RecipeError, match="no task asked for is called 'pebbles'"):
+        load_suite(settings, ["stones"])
+
+
 def test_loading_tasks_moves_random_numbers(tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path)
 

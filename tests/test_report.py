@@ -12,10 +12,17 @@ import pytest
 from fake_runs import BEGAN, TOKENS, checkpointed, fake_run, sampled, scored, validated
 
 from cheaptrain.checkpoint.lock import RunLock
+from cheaptrain.checkpoint.paths import RunDirectory
 from cheaptrain.checkpoint.verify import stated_fingerprint
 from cheaptrain.errors import CheaptrainError, RecipeError
+from cheaptrain.evaluate.results import holding_evaluations
+from cheaptrain.recipe.load import load_recipe
 from cheaptrain.report import pictures, write
+from cheaptrain.report.account import Account, account_of
+from cheaptrain.report.drawn_scores import score_pictures
+from cheaptrain.report.model_card import CardFacts, model_card
 from cheaptrain.report.series import thinned
+from cheaptrain.report.status import status_of
 from cheaptrain.report.subjects import subjects_of
 from cheaptrain.report.write import report_at_the_end, report_on
 
@@ -60,6 +67,10 @@ class Cells(HTMLParser):
         if self.inside:
             self.found[str(self.row.get("data-stage")), self.inside] = data
             self.inside = ""
+
+
+def accounts_of(run: Path) -> list[Account]:
+    return [account_of(status) for status in status_of(subjects_of([str(run)]))]
 
 
 def kinds(content: dict[str, Any]) -> list[str]:
@@ -273,6 +284,105 @@ def test_scores_carry_n_and_error_and_what_is_only_to_be_read_is_no_score(tmp_pa
     assert content["scores"]["rows"] == [] and not (run / "report" / "eval-completions.png").exists()
     assert content["shown"][0]["written"] == [{"prompt": "The sky is", "text": "blue"}]
     assert "<dt>The sky is</dt><dd>blue</dd>" in page
+
+
+def card(run: Path, step: int) -> str:
+    recipe = load_recipe(run.parent / f"{run.name}.toml").recipe
+    return model_card(
+        CardFacts(run.name, recipe, RunDirectory(run), step, 20, step * TOKENS, step, {}, "Tiny", 6, 64, 400)
+    )
+
+
+def test_scores_of_weights_that_another_training_replaced_are_left_out_and_named(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "one", losses=[3.0] * 16)
+    checkpointed(run, 8, 1.0, final=False)
+    checkpointed(run, 12, 1.0, final=False)
+    for step, value in ((4, 0.125), (8, 0.25), (12, 0.75)):
+        scored(run, step, {"arc_easy": (value, 0.125, 40)})
+    shutil.rmtree(run / "checkpoints" / "step-000012")
+    assert "| arc_easy | acc | 0.2500 |" in card(run, 12) and "0.7500" not in card(run, 12)
+    assert "model-index" not in card(run, 12)
+    checkpointed(run, 12, 2.0, final=False)  # the same step with other weights
+    assert "## Scores, at step 8" in card(run, 16) and "0.7500" not in card(run, 16)
+    holding, stale = holding_evaluations(RunDirectory(run))
+    assert [[one.checkpoint.step for one in part] for part in (holding, stale)] == [[4, 8], [12]]
+    content, page = report(run)
+    assert content["scores"]["columns"] == [{"stage": "one", "step": 8}] and "0.7500" not in page
+    (told,) = [entry["text"] for entry in content["noticed"] if "scores of other weights" in entry["text"]]
+    assert str(run / "eval" / "step-000012") in told
+    scored(run, 12, {"arc_easy": (0.5, 0.125, 40)})
+    content, _ = report(run)
+    assert content["scores"]["rows"][0]["cells"][0]["value"] == 0.5 and kinds(content).count("state") == 1
+
+
+def test_a_card_says_shots_and_limit_and_leaves_out_what_is_no_score(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "one", losses=[3.0] * 4)
+    scored(run, 2, {"arc_easy": (0.25, 0.125, 40)}, settings={"shots": 5, "limit": 40})
+    scored(run, 2, {"completions": (3.0, None, 1)}, shown=True, items="items.jsonl", add=True)
+    scored(run, 3, {"completions": (3.0, None, 1)}, shown=True, items="items.jsonl")
+    assert "| arc_easy | acc | 0.2500 | 0.1250 | 40 | 5 | first 40 | lm-eval 0.4.13 |" in card(run, 4)
+    assert "completions" not in card(run, 4) and "## Scores, at step 2" in card(run, 4)
+
+
+def test_what_was_asked_in_several_ways_stands_in_a_row_and_a_picture_for_each(tmp_path: Path) -> None:
+    one = fake_run(tmp_path / "one", losses=[3.0] * 4)
+    two = fake_run(tmp_path / "two", losses=[3.0] * 4)
+    scored(one, 2, {"boolq": (0.125, 0.125, 40)})
+    scored(one, 4, {"boolq": (0.25, 0.125, 40)}, settings={"shots": 5}, baseline=0.5, notes=("cut",))
+    scored(one, 4, {"boolq": (0.375, 0.125, 9)}, settings={"limit": 9}, add=True)
+    scored(two, 4, {"boolq": (0.5, 0.125, 40)})
+    scored(two, 4, {"boolq": (0.625, 0.125, 9)}, settings={"limit": 9, "chat_template": True}, add=True)
+    content, page = report(one, two, output=tmp_path / "out")
+    rows = {
+        (row["shots"], row["limit"], row["asked"]): [cell and cell["value"] for cell in row["cells"]]
+        for row in content["scores"]["rows"]
+    }
+    assert rows == {
+        (5, None, ""): [0.25, None],
+        (0, None, ""): [None, 0.5],
+        (0, 9, ""): [0.375, None],
+        (0, 9, "in the chat template"): [None, 0.625],
+    }
+    five = next(row for row in content["scores"]["rows"] if row["shots"] == 5)
+    assert (five["baseline"], five["notes"]) == (0.5, ["one: cut"]) and page.count("first 9<") == 2
+    assert [row["baseline"] for row in content["scores"]["rows"] if row["shots"] == 0] == [None] * 3
+    assert len({picture["file"] for picture in content["pictures"]}) == len(content["pictures"])
+    captions = sorted(p["caption"].split(", higher")[0] for p in content["pictures"] if p["name"].startswith("eval-"))
+    assert captions == [
+        "n = 40, 0-shot", "n = 40, 5-shot", "n = 9, 0-shot, first 9 questions",
+        "n = 9, 0-shot, first 9 questions, in the chat template",
+    ]  # fmt: skip
+
+
+def test_groups_whose_members_differ_in_their_limits_are_told_apart_by_their_questions(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "one", losses=[3.0] * 4)
+    scored(run, 4, {"core": (0.25, None, 90)}, members=("a", "b"))
+    scored(run, 4, {"core": (0.5, None, 30)}, members=("a", "b"), add=True)
+    scored(run, 4, {"core": (0.75, None, 900)}, members=("a", "b"), settings={"limit": None}, add=True)
+    content, _ = report(run)
+    rows = [(row["limited"], row["cells"][0]["value"]) for row in content["scores"]["rows"]]
+    assert rows == [(None, 0.75), ("90, limits differ", 0.25), ("30, limits differ", 0.5)]
+
+
+def test_the_cost_is_that_of_the_processes_of_each_launch(tmp_path: Path) -> None:
+    plan = {"dollars_per_gpu_hour": 36.0}
+    launches = [
+        {"exit_code": 75, "ended": BEGAN + 60, "processes": 8, "plan": plan},
+        {"exit_code": 0, "ended": BEGAN + 120, "processes": 1},
+    ]
+    content, _ = report(fake_run(tmp_path / "one", launches=launches))
+    got = content["stages"][0]["happened"]
+    assert got["wall_seconds"] == 80 and got["dollars"] == pytest.approx((60 * 8 + 20) / 3600 * 36)
+
+
+def test_every_task_that_was_scored_while_training_is_drawn(tmp_path: Path) -> None:
+    more = {f"eval/t{number}{what}": [0.5] * 3 for number in range(19) for what in ("", "/n", "/stderr")}
+    (account,) = accounts_of(fake_run(tmp_path / "one", more=more))
+    drawn = [picture for picture in score_pictures([account], []) if picture.name.startswith("scores-while")]
+    assert [picture.name[22:] for picture in drawn] == ["", "2", "3"]
+    assert [len(picture.curves) for picture in drawn] == [8, 8, 3]
+    assert {curve.label for picture in drawn for curve in picture.curves} == {f"t{number}" for number in range(19)}
+    assert max(curve.colour for picture in drawn for curve in picture.curves) == 7
 
 
 def test_sums_have_an_interval_where_none_or_nearly_all_are_right(tmp_path: Path) -> None:

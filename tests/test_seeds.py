@@ -52,6 +52,18 @@ def test_a_seed_starts_from_the_weights_of_another(tmp_path: Path) -> None:
     assert subject.run.path == tmp_path / "base-seed22"
 
 
+def test_a_later_stage_by_itself_starts_from_the_weights_without_a_seed(tmp_path: Path) -> None:
+    base, teacher, distilled, _ = chain(tmp_path)
+    seeded_recipes([base, teacher], [], 3)
+    (alone,) = seeded_recipes([distilled], [], 3)
+    recipe = load_recipe(alone).recipe
+    assert recipe.model.init_from == str(tmp_path / "base-seed3" / "final")
+    assert recipe.distill is not None
+    assert recipe.distill.teacher == str(tmp_path / "teacher-seed3" / "checkpoints" / "step-000004")
+    (common,) = seeded_recipes([distilled], [], 4)  # nothing was made with seed 4: all its seeds share one beginning
+    assert load_recipe(common).recipe.model.init_from == str(tmp_path / "base" / "final")
+
+
 @pytest.mark.parametrize("text", ["", "1,", "1,1", "1,01", "a", "-1", "1.5", "1;2"])
 def test_seeds_that_are_none_are_taken(text: str) -> None:
     with pytest.raises(RecipeError, match=r"write different whole numbers .* --seeds 1,2,3"):

@@ -13,7 +13,7 @@ from cheaptrain.compare.held_out import one_tokenizer
 from cheaptrain.compare.logged import AXES, Axis, Logged, along
 from cheaptrain.compare.sides import Side
 from cheaptrain.errors import CheaptrainError
-from cheaptrain.evaluate.results import TaskResult, evaluations_of
+from cheaptrain.evaluate.results import TaskResult, holding_evaluations
 from cheaptrain.report.pictures import Curve, Picture
 from cheaptrain.report.series import Numbers, middle
 from cheaptrain.units import human
@@ -33,7 +33,7 @@ def pictures_of(sides: Sequence[Side], logged: Sequence[Sequence[Logged]], axis:
     wanted.append(("val/bpb", "Held-out text", "Bits a byte, which do not depend on the tokenizer.", False, _plain))
     wanted.append(("train/tokens_per_second", "Throughput", "Tokens a second of all processes.", True, human))
     names = dict.fromkeys(name for side in logged for run in side for name in run.metrics.columns)
-    for name in (name for name in names if name.startswith("eval/") and not name.endswith("stderr")):
+    for name in (name for name in names if name.startswith("eval/") and f"{name}/n" in names):
         wanted.append((name, name.removeprefix("eval/"), "While training.", False, _plain))
     found = [
         Picture(
@@ -103,7 +103,7 @@ def _points(run: Logged, axis: Axis) -> dict[tuple[str, str], _Points]:
     found: dict[tuple[str, str], _Points] = {}
     assert run.member.run is not None
     with contextlib.suppress(CheaptrainError):  # it was told when the sides were read
-        for evaluation in evaluations_of(run.member.run):
+        for evaluation in holding_evaluations(run.member.run)[0]:
             step = evaluation.checkpoint.step
             if step is None or (run.member.step is not None and step > run.member.step):
                 continue

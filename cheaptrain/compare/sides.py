@@ -16,7 +16,7 @@ from typing import Any
 from cheaptrain.checkpoint.paths import RunDirectory, step_of
 from cheaptrain.checkpoint.rundir import read_run
 from cheaptrain.errors import CheaptrainError, PreflightError, RecipeError
-from cheaptrain.evaluate.results import EVAL, Evaluation, evaluation_folder, evaluations_of, read_evaluation
+from cheaptrain.evaluate.results import EVAL, Evaluation, evaluation_folder, holding_evaluations, read_evaluation
 from cheaptrain.recipe.identity import leaves
 from cheaptrain.recipe.parents import PARENT_KEYS
 
@@ -126,7 +126,10 @@ def _newest(run: RunDirectory, report: Report) -> Evaluation | None:
     """Of the last checkpoint that was scored; one that cannot be read is passed over and told."""
     found = None
     try:
-        for evaluation in evaluations_of(run):
+        holding, stale = holding_evaluations(run)
+        for evaluation in stale:
+            report(f"{evaluation.folder}: scored of other weights than the checkpoint has now, and left out")
+        for evaluation in holding:
             found = evaluation if evaluation.results else found
     except CheaptrainError as error:
         report(str(error))

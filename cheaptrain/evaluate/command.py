@@ -54,7 +54,9 @@ def evaluate(arguments: Sequence[str], options: Options, console: Console) -> No
             raise RecipeError("no task is named: give --tasks arc_easy,…, or eval.tasks in the recipe")
     planned = []
     for asked, settings in everything:
-        suite = load_suite(settings, settings.tasks, asked.checkpoints[-1])
+        # Shots of the recipe may be for tasks that the command line does not ask for.
+        every = options.tasks is None or options.shots is not None
+        suite = load_suite(settings, settings.tasks, asked.checkpoints[-1], complete=every)
         subjects = [subject_of(path, asked.name, options.output) for path in asked.checkpoints]
         planned.append((asked, settings, suite, subjects))
     if options.output is not None and sum(len(subjects) for *_, subjects in planned) > 1:
@@ -144,7 +146,7 @@ def _in_process(
     """Work of one process: its whole tasks. Nothing is said from here; what failed is returned."""
     if device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-    suite = load_suite(settings, settings.tasks, tokenizer)
+    suite = load_suite(settings, settings.tasks, tokenizer, complete=False)
     return do_jobs(jobs, suite, settings, device, lambda _: None)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cheaptrain.checkpoint.paths import RunDirectory
-from cheaptrain.evaluate.results import TaskResult, evaluations_of
+from cheaptrain.evaluate.results import TaskResult, holding_evaluations
 from cheaptrain.evaluate.standing import file_stem
 from cheaptrain.units import human
 
@@ -46,7 +46,7 @@ def learning_curves(run: RunDirectory) -> list[LearningCurve]:
     """A curve for each task of the run's checkpoints, in the order of their names. Tasks whose group has one, and those
     that are only there to be read, have none."""
     found: dict[tuple[str, str], list[tuple[Point, TaskResult]]] = {}
-    for evaluation in evaluations_of(run):
+    for evaluation in holding_evaluations(run)[0]:
         step, tokens = evaluation.checkpoint.step, evaluation.checkpoint.tokens
         if step is None or tokens is None:
             continue

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cheaptrain.checkpoint.paths import RunDirectory, step_of
+from cheaptrain.checkpoint.verify import stated_fingerprint
 from cheaptrain.durable import replace_json
 from cheaptrain.errors import CheaptrainError
 
@@ -81,9 +82,14 @@ class Evaluation:
     results: tuple[TaskResult, ...] = ()
 
     def newest(self) -> dict[str, TaskResult]:
-        """One result of each task: of those with most questions the last, so that a quick look at ten of them does not
-        hide the whole."""
-        return {result.task: result for result in sorted(self.results, key=lambda result: (result.n, result.when))}
+        """One result of each task: the last, unless it is of fewer questions than one of the same version before it: a
+        quick look at ten of them does not hide the whole."""
+        found: dict[str, TaskResult] = {}
+        for result in sorted(self.results, key=lambda result: result.when):
+            before = found.get(result.task)
+            if before is None or _kind(before) != _kind(result) or result.n >= before.n:
+                found[result.task] = result
+        return found
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,21 @@ def evaluations_of(run: RunDirectory) -> Iterator[Evaluation]:
     yield from (read_evaluation(folder) for _, folder in sorted(found))
 
 
+def holding_evaluations(run: RunDirectory) -> tuple[list[Evaluation], list[Evaluation]]:
+    """Those of `evaluations_of` that hold for the run as it stands, and the stale ones, each oldest step first.
+
+    Stale is what was scored of other bytes than the manifest of the checkpoint states that lies there under its step
+    now (a run that went on from an earlier step trains it anew), or of one that is damaged at a glance. Of a deleted
+    checkpoint nothing can be compared, and its scores hold. Raises as read_evaluation.
+    """
+    holding, stale = list[Evaluation](), list[Evaluation]()
+    for evaluation in evaluations_of(run):
+        checkpoint = run.checkpoints / evaluation.folder.name
+        same = not checkpoint.is_dir() or stated_fingerprint(checkpoint) == evaluation.checkpoint.hash
+        (holding if same else stale).append(evaluation)
+    return holding, stale
+
+
 def write_items(path: Path, items: Sequence[Item]) -> None:
     """Write one line an item."""
     lines = (json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
@@ -160,6 +181,11 @@ def read_items(evaluation: Evaluation, result: TaskResult) -> list[Item]:
         raise CheaptrainError(f"{path}: {error.strerror}; score the checkpoint again") from error
     except (ValueError, TypeError) as error:
         raise CheaptrainError(f"{path}: damaged ({error}); delete it and score the checkpoint again") from error
+
+
+def _kind(result: TaskResult) -> tuple[Any, ...]:
+    """What was asked, and by which program."""
+    return result.version, result.settings.get("content"), result.harness
 
 
 def _task_result(entry: Mapping[str, Any]) -> TaskResult:

@@ -125,11 +125,10 @@ def do_jobs(
                 loaded = job.subject
             report(f"{_place(job.subject)}: {job.task}, {_questions(job.how, asked)}")
             answers = score(lm, asked, job.how, beat)
+            keep(job.subject.folder, job.subject.scored, result_of(asked, job.how, job.key, answers), answers)
         except (CheaptrainError, torch.OutOfMemoryError) as error:
             failures.append(Failure(job.task, job.subject.name, _reason(error, job.task, settings)))
             report(f"failed: {failures[-1].reason}")
-            continue
-        keep(job.subject.folder, job.subject.scored, result_of(asked, job.how, job.key, answers), answers)
     return failures
 
 
@@ -145,9 +144,11 @@ def collect(
         made = group_result(group, by_task)
         if made is None:
             continue
-        if made.key not in kept:
+        before = kept.get(made.key)
+        if before is None or before.metrics != made.metrics:  # its members may have been scored again
             keep(subject.folder, subject.scored, made)
-        groups.append(kept.get(made.key, made))
+            before = made
+        groups.append(before)
     return stands, groups
 
 

@@ -60,11 +60,11 @@ def file_stem(task: str, key: str) -> str:
 
 
 def standing(folder: Path, scored: Scored) -> Evaluation:
-    """What is kept in `folder` of this checkpoint; nothing when the folder is new, or holds another checkpoint's."""
-    if not (folder / EVAL).is_file():
-        return Evaluation(folder, scored)
-    kept = read_evaluation(folder)
-    return kept if kept.checkpoint.hash == scored.hash else Evaluation(folder, scored)
+    """What is kept of this checkpoint in `folder`, or set aside from it; nothing where both hold none of it."""
+    for place in (folder, _aside(folder, scored.hash)):
+        if (place / EVAL).is_file() and (kept := read_evaluation(place)).checkpoint.hash == scored.hash:
+            return kept
+    return Evaluation(folder, scored)
 
 
 def keep(folder: Path, scored: Scored, result: TaskResult, answers: Answers | None = None) -> None:
@@ -86,8 +86,16 @@ def keep(folder: Path, scored: Scored, result: TaskResult, answers: Answers | No
 
 
 def _set_aside_others(folder: Path, scored: Scored) -> None:
+    """Give the folder to `scored`: what it holds of another goes to a folder beside it, and what lies there of this one
+    comes back."""
     if (folder / EVAL).is_file() and (other := read_evaluation(folder).checkpoint.hash) != scored.hash:
-        folder.rename(folder.with_name(f"{folder.name}.of-{other[:12]}"))
+        folder.rename(_aside(folder, other))
+        if (before := _aside(folder, scored.hash)).is_dir():
+            before.rename(folder)
+
+
+def _aside(folder: Path, checkpoint: str) -> Path:
+    return folder.with_name(f"{folder.name}.of-{checkpoint[:12]}")
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from cheaptrain.data import domain
 from cheaptrain.durable import sha256_of
 from cheaptrain.errors import CheaptrainError, RecipeError
 from cheaptrain.evaluate.quiet import quiet
@@ -61,8 +62,9 @@ class Suite:
     groups: Mapping[str, Group]  # innermost first
 
 
-def load_suite(settings: Eval, names: Sequence[str], tokenizer: Path | None = None) -> Suite:
-    """Load the tasks called `names`, with their data. `tokenizer`: a folder, for tasks that count tokens.
+def load_suite(settings: Eval, names: Sequence[str], tokenizer: Path | None = None, *, complete: bool = True) -> Suite:
+    """Load the tasks called `names`, with their data. `tokenizer`: a folder, for tasks that count tokens; `complete`:
+    whether `names` are all that the settings may speak of, so that shots of any other are a mistake.
 
     Raises RecipeError for a name that is unknown, a task file or folder that is wrong, data that is missing, and
     settings that a task does not take.
@@ -84,11 +86,11 @@ def load_suite(settings: Eval, names: Sequence[str], tokenizer: Path | None = No
                     if inner not in tasks:
                         entry = manager.task_index.get(inner)  # a group may define a task of its own
                         path = files[inner].path if inner in files else entry and entry.yaml_path
-                        tasks[inner] = _asked(inner, task, path, settings)
+                        tasks[inner] = _asked(inner, task, path, settings, _groups_of(inner, name, loaded))
             for group in reversed(loaded.get("groups", {}).values()):
                 groups.setdefault(group.name, group)
     unknown = settings.shots.keys() - tasks.keys() - groups.keys() - {ALL_TASKS, *members}
-    if unknown and set(settings.tasks) <= set(names):
+    if unknown and complete:
         raise RecipeError(f"eval.shots: no task asked for is called {sorted(unknown)[0]!r}")
     return Suite(tasks, {name: group for name, group in groups.items() if group.has_aggregation})
 
@@ -184,7 +186,17 @@ def _load(manager: TaskManager, name: str, files: Mapping[str, TaskFile]) -> Any
         raise RecipeError(f"{where}the task {name!r} cannot be loaded: {reason}") from error
 
 
-def _asked(name: str, task: Task, path: Path | None, settings: Eval) -> AskedTask:
+def _groups_of(task: str, name: str, loaded: Any) -> list[str]:
+    """The groups that `task` came in when `name` was loaded, innermost first, and `name` itself."""
+    groups = [
+        group.name
+        for group in reversed(loaded.get("groups", {}).values())
+        if task in {member.task_name for member in group.get_all_tasks()}
+    ]
+    return [*groups, name]
+
+
+def _asked(name: str, task: Task, path: Path | None, settings: Eval, groups: Sequence[str]) -> AskedTask:
     state = (random.getstate(), np.random.get_state())
     documents = getattr(task, "task_docs", None)
     if documents is None:  # a task of its own class
@@ -192,9 +204,10 @@ def _asked(name: str, task: Task, path: Path | None, settings: Eval) -> AskedTas
     config = task.config
     metadata = config.metadata if isinstance(config.metadata, dict) else {}
     of_file = config.num_fewshot
-    shots = settings.shots.get(name, settings.shots.get(ALL_TASKS))
+    said_of = next((each for each in (name, *groups, ALL_TASKS) if each in settings.shots), None)
+    shots = None if said_of is None else settings.shots[said_of]
     if shots is not None and of_file == 0 and shots != 0:
-        if name in settings.shots:
+        if said_of != ALL_TASKS:
             raise RecipeError(f"eval.shots: the file of {name} says 0 and lm-eval never changes that; leave it out")
         shots = 0
     shots = (of_file or 0) if shots is None else shots
@@ -225,10 +238,13 @@ def _file_of(config: Any) -> dict[str, Any]:
 
 
 def _code_of(task: Task, path: Path | None) -> list[str]:
-    """Hashes of the Python files beside the task's own, which it may call, and of the one that its class stands in."""
+    """Hashes of the Python files beside the task's own and beside that of its class, unless it is lm-eval's, which has
+    a version; for tasks of cheaptrain also of what reads their answers."""
     files = set(path.resolve().parent.glob("*.py")) if path else set()
     if not type(task).__module__.startswith("lm_eval."):
-        files.add(Path(inspect.getfile(type(task))))
+        files.update(Path(inspect.getfile(type(task))).resolve().parent.glob("*.py"))
+    if path and any(path.resolve().is_relative_to(folder) for folder in task_folders()):
+        files.add(Path(domain.__file__))
     return [sha256_of(file) for file in sorted(files)]
 
 

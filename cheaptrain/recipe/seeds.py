@@ -17,6 +17,7 @@ from cheaptrain.errors import RecipeError
 from cheaptrain.recipe.load import LoadedRecipe, load_recipes
 from cheaptrain.recipe.parents import written_in
 
+_DEPTH = 2  # RUN/checkpoints/step-000100
 _SET_HERE = ("seed", "run.dir", "model.init_from", "distill.teacher", "tokenizer.path")
 
 
@@ -50,10 +51,8 @@ def _written(loaded: LoadedRecipe, recipes: Sequence[LoadedRecipe], seed: int) -
     lines = [f"# {loaded.path} with seed {seed}: written by --seeds, and again each time.", f"extends = {_toml(base)}"]
     lines += [f"seed = {seed}", "", "[run]", f"dir = {_toml(suffixed(loaded.recipe.run.dir, seed))}"]
     for table, key, value in _locations(loaded):
-        owner = next((other for other in recipes if written_in(value, other)), None)
-        if owner is not None:
-            inside = os.path.relpath(value, owner.recipe.run.dir)
-            place = os.path.join(suffixed(owner.recipe.run.dir, seed), inside)
+        if (run := _run_with_seeds(value, recipes, seed)) is not None:
+            place = os.path.join(suffixed(run, seed), os.path.relpath(value, run))
             lines += ["", f"[{table}]", f"{key} = {_toml(place)}"]
     content = ("\n".join(lines) + "\n").encode()
     if not path.is_file() or path.read_bytes() != content:
@@ -62,6 +61,19 @@ def _written(loaded: LoadedRecipe, recipes: Sequence[LoadedRecipe], seed: int) -
         temporary.write_bytes(content)
         os.replace(temporary, path)  # several machines of one run may write it at once
     return str(path)
+
+
+def _run_with_seeds(place: str, recipes: Sequence[LoadedRecipe], seed: int) -> str | None:
+    """The run folder in which `place` lies, without seed, when that run is made once for each seed: by this command, or
+    by one before it that left its recipe or its folder for this seed."""
+    owner = next((other.recipe.run.dir for other in recipes if written_in(place, other)), None)
+    if owner is not None:
+        return owner
+    above = [place, *map(str, list(Path(place).parents)[:_DEPTH])]
+    return next(
+        (run for run in above if os.path.exists(suffixed(run, seed)) or os.path.exists(f"{suffixed(run, seed)}.toml")),
+        None,
+    )
 
 
 def _locations(loaded: LoadedRecipe) -> Iterator[tuple[str, str, str]]:

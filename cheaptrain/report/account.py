@@ -24,7 +24,7 @@ from cheaptrain.checkpoint.rundir import read_run
 from cheaptrain.checkpoint.state_files import read_scalars
 from cheaptrain.checkpoint.verify import STATE, stated_fingerprint
 from cheaptrain.errors import CheaptrainError
-from cheaptrain.evaluate.results import Evaluation, evaluations_of
+from cheaptrain.evaluate.results import Evaluation, holding_evaluations
 from cheaptrain.evaluate.sums import PROBE, Marks, read_marks
 from cheaptrain.recipe.parents import PARENT_KEYS
 from cheaptrain.report.series import Column, Metrics, Numbers, read_metrics, tokens_at
@@ -36,7 +36,8 @@ GPU_MEMORY, HOST_MEMORY = "system/gpu_memory", "system/memory"
 @dataclass(frozen=True)
 class Account:
     """One stage. `kept`: what recipe.json holds, empty where it cannot be read. `launches`: oldest first. `ledger`: of
-    the newest checkpoint that has one. `offset`: tokens that the stages it continues had read when it began."""
+    the newest checkpoint that has one. `evaluations`: those of the weights that lie there, or lay there when they were
+    deleted; others become notes. `offset`: tokens that the stages it continues had read when it began."""
 
     status: StageStatus
     run: RunDirectory
@@ -91,9 +92,18 @@ class Account:
     def wall_seconds(self) -> float | None:
         """From the beginning to the end of each launch, together. A launch that wrote no end is taken to have lasted
         until now, if it runs, else until it last wrote a metric."""
+        return sum(self._seconds(launch) for launch in self.launches) if self.launches else None
+
+    @property
+    def process_seconds(self) -> float | None:
+        """The same, each launch as often as it had processes; one that does not say had as many as the last."""
         if not self.launches:
             return None
-        return sum(max(0.0, self._end(launch) - launch["began"]) for launch in self.launches if "began" in launch)
+        last = self.processes or 1
+        return sum(self._seconds(launch) * (launch.get("processes") or last) for launch in self.launches)
+
+    def _seconds(self, launch: Mapping[str, Any]) -> float:
+        return max(0.0, self._end(launch) - launch["began"]) if "began" in launch else 0.0
 
     def _end(self, launch: Mapping[str, Any]) -> float:
         if "ended" in launch:
@@ -140,6 +150,12 @@ def account_of(status: StageStatus) -> Account:
         notes.append(f"{run.metrics}: {metrics.broken} broken line{'s' * (metrics.broken > 1)} left out")
     written = _or_note(lambda: read_records(run.samples, notes.append), [], run.samples, notes)
     checkpoints = run.steps() if run.checkpoints.is_dir() else []
+    holding, stale = _or_note(lambda: holding_evaluations(run), ([], []), run.path / "eval", notes)
+    notes.extend(
+        f"{evaluation.folder} is left out: these are scores of other weights than lie in "
+        f"{run.checkpoints / evaluation.folder.name} now, or that is damaged; score it again with `cheaptrain eval`"
+        for evaluation in stale
+    )
     newest = run.final if run.final.is_dir() else (checkpoints[-1] if checkpoints else None)
     return Account(
         status=status,
@@ -150,7 +166,7 @@ def account_of(status: StageStatus) -> Account:
         metrics=metrics,
         samples=[sample for sample in written if isinstance(sample, dict)],
         marks=_or_note(lambda: _marks(run), (None, None), run.path / PROBE, notes),
-        evaluations=_or_note(lambda: list(evaluations_of(run)), [], run.path / "eval", notes),
+        evaluations=holding,
         parameters=_parameters(newest) if newest is not None else None,
         checkpoint_bytes=_bytes_below(run.checkpoints),
         notes=tuple(dict.fromkeys([*status.notes, *notes])),

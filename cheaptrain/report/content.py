@@ -19,8 +19,8 @@ from cheaptrain.evaluate.results import Evaluation, Item, Metric, TaskResult, re
 from cheaptrain.evaluate.sums import Marks
 from cheaptrain.report.account import GPU_MEMORY, Account
 from cheaptrain.report.data_read import data_read
-from cheaptrain.report.drawn_scores import in_groups
 from cheaptrain.report.noticed import noticed
+from cheaptrain.report.ways import Way, by_task, newest_by_way
 
 FORMAT, VERSION = "cheaptrain report", 1
 HIDDEN = "(not shown)"
@@ -107,20 +107,20 @@ def _asked(account: Account) -> dict[str, Any]:
 def _happened(account: Account) -> dict[str, Any]:
     speeds = account.metrics["train/tokens_per_second"].finite.values
     mfu = account.metrics["train/mfu"].finite.values
-    memory, wall = account.memory, account.wall_seconds
+    memory, process_seconds = account.memory, account.process_seconds
     price, per_token = account.planned.get("dollars_per_gpu_hour"), account.planned.get("flops_per_token")
     return {
         "steps": account.steps,
         "tokens": account.tokens,
         "supervised_tokens": account.metrics.last("train/supervised_tokens"),
         "seconds": account.train_seconds,
-        "wall_seconds": wall,
+        "wall_seconds": account.wall_seconds,
         "tokens_per_second": median(speeds) if len(speeds) else None,
         "mfu": median(mfu) if len(mfu) else None,
         "memory_bytes": memory[1] if memory else None,
         "memory_of": None if memory is None else "GPU" if memory[0] == GPU_MEMORY else "main process",
         "checkpoint_bytes": account.checkpoint_bytes,
-        "dollars": wall / 3600 * price * (account.processes or 1) if wall is not None and price is not None else None,
+        "dollars": None if process_seconds is None or price is None else process_seconds / 3600 * price,
         "processes": account.processes,
         "flops": per_token * account.tokens if per_token else None,
         "skipped_steps": int((account.metrics["train/loss"].values != account.metrics["train/loss"].values).sum()),
@@ -176,28 +176,50 @@ def _result(result: TaskResult) -> dict[str, Any]:
 
 
 def _scores(accounts: Sequence[Account]) -> dict[str, Any]:
-    """The last evaluation of each stage, side by side: a row for each metric of a task, its main one first."""
+    """The last evaluation of each stage, side by side: for each way a task was asked a row for each of its metrics, the
+    main one first. `asked` tells in words what the row's columns do not."""
     scored = [(account.name, account.evaluations[-1]) for account in accounts if account.evaluations]
     columns = [{"stage": name, "step": evaluation.checkpoint.step} for name, evaluation in scored]
-    found = [evaluation.newest() for _, evaluation in scored]
-    results = {task: result for one in found for task, result in one.items() if result.metrics and not result.shown}
-    members = {member for result in results.values() for member in result.members}
+    names, found = [name for name, _ in scored], [newest_by_way(evaluation) for _, evaluation in scored]
     rows = [
-        {
+        row
+        for task, ways in by_task(result for one in found for result in one.values()).items()
+        for way in ways
+        for row in _rows(
+            task, way, ways, [(name, one.get((task, way))) for name, one in zip(names, found, strict=True)]
+        )
+    ]
+    members = {member for one in found for result in one.values() for member in result.members}
+    return {"columns": columns, "rows": [row | {"member": row["task"] in members} for row in rows]}
+
+
+def _rows(
+    task: str, way: Way, ways: Sequence[Way], asked: Sequence[tuple[str, TaskResult | None]]
+) -> Iterator[dict[str, Any]]:
+    """Of one way to ask a task; `asked`: the stages, each with its result, where it was asked so."""
+    results = [(stage, result) for stage, result in asked if result is not None]
+    metrics = {(metric.name, metric.filter): metric for _, result in reversed(results) for metric in result.metrics}
+    main = results[-1][1].metrics[0]
+    baselines = [result.baseline for _, result in results if result.baseline is not None]
+    notes = [f"{stage}: {note}" if len(asked) > 1 else note for stage, result in results for note in result.notes]
+    for metric in metrics.values():
+        is_main = (metric.name, metric.filter) == (main.name, main.filter)
+        yield {
             "task": task,
             "metric": metric.name if metric.filter == "none" else f"{metric.name}, {metric.filter}",
-            "main": metric is results[task].metrics[0],
+            "main": is_main,
             "higher_is_better": metric.higher_is_better,
-            "baseline": results[task].baseline if metric is results[task].metrics[0] else None,
-            "member": task in members,
-            "notes": list(results[task].notes),
-            "shots": results[task].settings.get("shots"),
-            "cells": [_cell(one.get(task), metric) for one in found],
+            "baseline": baselines[-1] if baselines and is_main else None,
+            "notes": notes,
+            "version": way.version,
+            "shots": way.shots,
+            "limit": way.limit,
+            "limited": way.limited,
+            "chat_template": way.chat_template,
+            "system": way.system,
+            "asked": way.told(ways, columns=True),
+            "cells": [_cell(result, metric) for _, result in asked],
         }
-        for task in in_groups(results)
-        for metric in results[task].metrics
-    ]
-    return {"columns": columns, "rows": rows}
 
 
 def _cell(result: TaskResult | None, metric: Metric) -> dict[str, Any] | None:

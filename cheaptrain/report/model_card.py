@@ -3,7 +3,9 @@
 The card is written while the checkpoint is, because nothing is ever written into one that stands; so it knows what the
 run knew at that step and no more, and says where the report of the whole run lies. The traps: a card with the time of
 day in it makes two equal checkpoints differ, so nothing is in it that another run of the same recipe would not say; and
-a score of other weights under a model's name is an untruth, so each is told with its step.
+a score of other weights under a model's name is an untruth. None can be of this checkpoint, which is not there to be
+scored yet: told are those of the step before it that was scored last, under that step, and none go into the front
+matter, which is about these weights.
 """
 
 import json
@@ -13,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
 import cheaptrain
 from cheaptrain.checkpoint.jsonl import newest_record
 from cheaptrain.checkpoint.paths import RunDirectory
 from cheaptrain.checkpoint.verify import MANIFEST, RECIPE
 from cheaptrain.errors import CheaptrainError
-from cheaptrain.evaluate.results import Evaluation, evaluations_of
+from cheaptrain.evaluate.results import Evaluation, TaskResult, holding_evaluations
 from cheaptrain.recipe.schema import Recipe
+from cheaptrain.report.ways import way_of
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MOST_ANCESTORS = 50
@@ -50,7 +53,6 @@ def model_card(facts: CardFacts) -> str:
     """The whole file. Reads the metrics, the scores and the ancestors' recipes; what is not there is left out."""
     ancestors, base = _ancestors(facts.recipe)
     held_out = newest_record(facts.run.metrics, "val/loss")
-    scores = _scores(facts)
     front = ModelCardData(
         model_name=facts.name,
         license=facts.recipe.card.license,
@@ -59,7 +61,6 @@ def model_card(facts: CardFacts) -> str:
         base_model=base,
         tags=["cheaptrain", *facts.recipe.card.tags],
         datasets=_datasets([*ancestors, facts.recipe.model_dump(mode="json")]),
-        eval_results=_eval_results(scores, facts.step) or None,
     ).to_yaml()
     parts = [
         f"---\n{front}\n---",
@@ -67,7 +68,7 @@ def model_card(facts: CardFacts) -> str:
         _summary(facts, ancestors, base),
         *_life(facts, ancestors),
         *_held_out(held_out),
-        *_table_of_scores(scores),
+        *_table_of_scores(_scores(facts)),
         _use(facts),
         _more(facts),
     ]
@@ -134,25 +135,36 @@ def _held_out(record: Mapping[str, Any] | None) -> Iterator[str]:
     yield "\n".join(lines)
 
 
-def _scores(facts: CardFacts) -> list[Evaluation]:
-    """What has been scored of this run up to this step, oldest first; nothing where it cannot be read."""
+def _scores(facts: CardFacts) -> Evaluation | None:
+    """The last of the steps before this one that has scores; None without any, or where they cannot be read."""
     try:
-        found = list(evaluations_of(facts.run))
+        holding, _ = holding_evaluations(facts.run)
     except CheaptrainError:
-        return []  # the report names it; a checkpoint is not the place
-    return [evaluation for evaluation in found if (evaluation.checkpoint.step or 0) <= facts.step]
+        return None  # the report names it; a checkpoint is not the place
+    before = [evaluation for evaluation in holding if (evaluation.checkpoint.step or 0) < facts.step]
+    return next((evaluation for evaluation in reversed(before) if _main_results(evaluation)), None)
 
 
-def _table_of_scores(scores: Sequence[Evaluation]) -> Iterator[str]:
-    if not scores:
+def _main_results(evaluation: Evaluation) -> list[TaskResult]:
+    return [result for result in evaluation.newest().values() if result.metrics and not result.shown]
+
+
+def _table_of_scores(scored: Evaluation | None) -> Iterator[str]:
+    if scored is None:
         return
-    last = scores[-1]
-    yield f"## Scores, at step {last.checkpoint.step:,}"
-    lines = ["| task | metric | value | standard error | items | scored by |", "|---|---|---:|---:|---:|---|"]
-    for task, result in last.newest().items():
-        for metric in result.metrics[:1]:
-            error = "–" if metric.stderr is None else f"{metric.stderr:.4f}"
-            lines.append(_row(task, metric.name, f"{metric.value:.4f}", error, f"{result.n:,}", result.harness))
+    yield f"## Scores, at step {scored.checkpoint.step or 0:,}"
+    lines = [
+        "| task | metric | value | standard error | items | shots | limit | scored by |",
+        "|---|---|---:|---:|---:|---:|---|---|",
+    ]
+    for result in _main_results(scored):
+        metric, way = result.metrics[0], way_of(result)
+        error = "–" if metric.stderr is None else f"{metric.stderr:.4f}"
+        shots = "–" if way.shots is None else way.shots
+        limit = way.limited or "none"
+        lines.append(
+            _row(result.task, metric.name, f"{metric.value:.4f}", error, f"{result.n:,}", shots, limit, result.harness)
+        )
     yield "\n".join(lines)
 
 
@@ -179,23 +191,6 @@ def _more(facts: CardFacts) -> str:
         f"run, with curves, data read, environment and what was odd, lies at {report} on the machine that trained it, "
         "and `cheaptrain report RUN` writes it anew."
     )
-
-
-def _eval_results(scores: Sequence[Evaluation], step: int) -> list[EvalResult]:
-    """For the front matter, which tells them as scores of these very weights."""
-    if not scores or scores[-1].checkpoint.step != step:
-        return []
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=task,
-            dataset_name=task,
-            metric_type=result.metrics[0].name,
-            metric_value=result.metrics[0].value,
-        )
-        for task, result in scores[-1].newest().items()
-        if result.metrics
-    ]
 
 
 def _ancestors(recipe: Recipe) -> tuple[list[dict[str, Any]], str | None]:

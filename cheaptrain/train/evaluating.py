@@ -88,8 +88,8 @@ def load_light(recipe: Recipe, tokenizer: TextTokenizer, processes: Processes) -
     tokenizer.hf.save_pretrained(folder.name)
     light = settings.model_copy(update={"limit": settings.light_limit or settings.limit})
     found: list[Any] = []
-    processes.on_main(lambda: found.append(load_suite(light, light.light, Path(folder.name))))
-    suite = found[0] if found else load_suite(light, light.light, Path(folder.name))
+    processes.on_main(lambda: found.append(load_suite(light, light.light, Path(folder.name), complete=False)))
+    suite = found[0] if found else load_suite(light, light.light, Path(folder.name), complete=False)
     return LightSet(light, suite, AutoTokenizer.from_pretrained(folder.name), folder)
 
 
@@ -184,11 +184,13 @@ def score_final(
     found: list[Any] = []
     try:
         subject = processes.on_main(lambda: subject_of(run.final, name))
-        processes.on_main(lambda: found.append(load_suite(settings, settings.tasks, subject.checkpoint)))
+        processes.on_main(
+            lambda: found.append(load_suite(settings, settings.tasks, subject.checkpoint, complete=False))
+        )
         jobs, stands = processes.on_main(lambda: jobs_for(subject, found[0], settings, processes.device, again=False))
     except CheaptrainError as error:  # the same on all processes
         return [str(error)]
-    suite = found[0] if found else load_suite(settings, settings.tasks, subject.checkpoint)
+    suite = found[0] if found else load_suite(settings, settings.tasks, subject.checkpoint, complete=False)
     if jobs:
         say(console, f"{name}: scoring {len(jobs)} tasks ({len(stands)} stand already)")
     meeting = Meeting(processes)
@@ -216,7 +218,10 @@ def score_final(
         tasks, groups = collect(subject, suite, settings, processes.device)
         print_scores(f"{name} in tasks", [*groups, *tasks], console, missing=list(missing(suite, tasks)))
 
-    processes.on_main(show)
+    try:
+        processes.on_main(show)
+    except CheaptrainError as error:
+        failures.append(str(error))
     return failures
 
 
