@@ -1,6 +1,7 @@
 """The commands, each a few lines: what they do stands in the modules they import when they are asked for."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -325,6 +326,7 @@ def schema(out: Annotated[Path | None, typer.Option(help="file to write to; defa
 
 def main() -> None:
     """Entry point of the `cheaptrain` command."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is there; why: `launching.apply_environment`
     guarded(lambda: app())
 
 
