@@ -177,6 +177,7 @@ def test_settings_that_are_in_force_already_are_tried_again() -> None:
     assert next(candidates(present={}, **{**given, "joining": True})) == {"GLOO_SOCKET_IFNAME": "eth0"}
 
 
+@pytest.mark.slow
 def test_real_processes_get_wrong_sums_or_no_timings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHEAPTRAIN_PROCESSES", "77")  # of a launch this one has nothing to do with
     trial = try_processes(3, dict(os.environ), seconds=60)

@@ -126,6 +126,7 @@ def _apart(ours: dict[int, float], theirs: dict[int, float]) -> float:
     return max(abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in theirs)
 
 
+@pytest.mark.slow
 def test_a_run_that_went_through_every_layout_is_another_run(folder: Path) -> None:
     # One test, because the runs are worth sharing and tests of one file are spread over workers.
     recipe = write_recipe(folder / "chain.toml", _table(folder, "chain"))

@@ -161,7 +161,7 @@ def _gone(pids: list[int]) -> bool:
         ("all:stop", 2, 75, "stopped stop, as asked"),
         pytest.param("all:diverge", 2, 4, "diverged diverge, as asked", marks=pytest.mark.slow),
         pytest.param("all:fail", 2, 1, "failed it failed", marks=pytest.mark.slow),
-        ("0:sleep,1:recipe", 2, 2, "rank 1: recipe recipe, as asked"),
+        pytest.param("0:sleep,1:recipe", 2, 2, "rank 1: error recipe, as asked", marks=pytest.mark.slow),
     ],
 )
 def test_the_exit_code_gets_lost_in_the_launcher_and_every_process_prints_the_error(

@@ -149,7 +149,8 @@ def test_adapters_stopped_and_resumed_are_other_adapters(folder: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("layout", [["parallel.dp_shard=2"], pytest.param(["parallel.cp=2"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [["parallel.dp_shard=2"], ["parallel.cp=2"]])
 def test_adapters_on_more_processes_are_other_adapters(folder: Path, layout: list[str]) -> None:
     alone, name = adapted(folder, "alone", dropout=0.0), f"shared-{layout[0][9:11]}"
     shared = adapted(folder, name, dropout=0.0)

@@ -61,7 +61,7 @@ def shown(report: PlanReport) -> str:
     return "\n".join(line.plain for line in report_lines(report))
 
 
-QUICKLY_PLANNED = {"recipes/phase1.toml", "recipes/scale/671b.toml", "recipes/quickstart/phase2.toml"}
+QUICKLY_PLANNED = {"recipes/phase1.toml", "recipes/quickstart/phase2.toml"}
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,10 @@ def print_scores(title: str, results: Sequence[TaskResult], console: Console, *,
                 continue
             for number, metric in enumerate(result.metrics if not result.shown else ()):
                 table.add_row(*_row(result, metric, first=number == 0))
-        console.print(table)
+        if table.row_count:
+            console.print(table)
+        if shown := [result.task for result in results if result.shown]:
+            say(console, f"{title}: {', '.join(shown)}: to be read, in eval.json's folder and in the report", "dim")
         if hidden:
             say(console, f"and {len(hidden)} tasks of the groups, each in eval.json", "dim")
     for note, tasks in _by_note(results).items():
