@@ -4,7 +4,7 @@
     python benchmarks/whole_life.py --tasks-in ../shared/data/bench/lm_eval_tasks
 
 Scores the last checkpoint of every stage (what stands is not scored again); what a stage began with is what its
-parent ended with. An hour on two cores for the chain, some minutes for the scores.
+parent ended with. Two hours on two cores that are shared.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def _scores(runs: list[RunDirectory], tasks_in: Path) -> dict[str, dict[str, Any
     told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return {
         run.path.name: {result["task"]: {**result["metrics"][0], "n": result["n"]} for result in entry["results"]}
-        | {"checkpoint": entry["checkpoint"]}
+        | {"checkpoint": {"hash": entry["checkpoint"]["hash"], "step": entry["checkpoint"]["step"]}}
         for run, entry in zip(runs, json.loads(told.stdout), strict=True)
     }
 
