@@ -179,7 +179,8 @@ def test_memory_and_open_files_stay_flat_over_twenty_saves(tmp_path: Path, size:
     for rss, files, threads in run_ranks(_twenty_saves, size, str(tmp_path)):
         assert median(rss[-7:]) - median(rss[2:9]) < slack, rss
         assert max(files[3:]) <= max(files[:3]), files
-        assert min(threads[-7:]) <= min(threads[:7]), threads  # one may be on its way out
+        # One may be on its way out, and a library may have begun one meanwhile; one a save would be thirteen more.
+        assert min(threads[-7:]) <= max(threads[:7]), threads
 
 
 ENDS_WITH_AN_ERROR = """
