@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -147,7 +148,11 @@ def test_copies_lie_in_the_same_memory_from_save_to_save() -> None:
 def _resources() -> tuple[int, int, int]:
     process = psutil.Process()
     gc.collect()
-    return process.memory_info().rss, process.num_fds(), process.num_threads()
+    threads = process.num_threads()
+    for _ in range(20):  # one that has done its work may still be on its way out
+        time.sleep(0.005)
+        threads = min(threads, process.num_threads())
+    return process.memory_info().rss, process.num_fds(), threads
 
 
 def _twenty_saves(rank: int, size: int, path: str) -> tuple[list[int], list[int], list[int]]:
@@ -179,8 +184,7 @@ def test_memory_and_open_files_stay_flat_over_twenty_saves(tmp_path: Path, size:
     for rss, files, threads in run_ranks(_twenty_saves, size, str(tmp_path)):
         assert median(rss[-7:]) - median(rss[2:9]) < slack, rss
         assert max(files[3:]) <= max(files[:3]), files
-        # One may be on its way out, and a library may have begun one meanwhile; one a save would be thirteen more.
-        assert min(threads[-7:]) <= max(threads[:7]), threads
+        assert min(threads[-7:]) <= min(threads[:7]), threads
 
 
 ENDS_WITH_AN_ERROR = """

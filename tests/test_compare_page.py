@@ -2,37 +2,26 @@
 those of the JSON."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import MARKUP, NEEDS_BROWSER, chromium
 from compared_runs import answers, make_run, recipe_of, score
 
 from cheaptrain.compare.comparison import compare, write
 
 selenium = pytest.importorskip("selenium")
 
-from selenium.webdriver import Chrome, ChromeOptions  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver on this machine")
-
-EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+pytestmark = NEEDS_BROWSER
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    options = ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with Chrome(options=options, service=Service(str(DRIVER))) as driver:
+    with chromium() as driver:
         yield driver
 
 
@@ -47,10 +36,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
             loss = (3.0 if condition == "plain" else 2.7) + seed / 100
             make_run(run, seed=seed, loss=loss, recipe=recipe_of(run, seed, lr=3e-4 if condition == "plain" else 6e-4))
             for step in (20, 40):
-                names = zip(("won", "lost", EVIL[:40].replace("/", "_")), chances, strict=True)
+                names = zip(("won", "lost", MARKUP[:40].replace("/", "_")), chances, strict=True)
                 score(run, step, {task: answers(chance, 7 * seed) for task, chance in names})
             runs.append(str(run))
-    odd = make_run(folder / EVIL.replace("/", "_"), loss=2.0, tokenizer="b" * 64)
+    odd = make_run(folder / MARKUP.replace("/", "_"), loss=2.0, tokenizer="b" * 64)
     return write(compare([*runs, str(odd)]), folder / "out")
 
 

@@ -12,6 +12,7 @@ import torch
 from small_runs import (
     final_state,
     final_weights,
+    on_call,
     prepare,
     read_lines,
     recipe_table,
@@ -131,7 +132,7 @@ def test_a_stop_while_tasks_are_scored_leaves_half_a_record_or_none_later(folder
     recipe, log = write_recipe(folder / "stopped.toml", _table(folder, "stopped", LIGHT)), folder / "stopped.log"
 
     def stopped_in_the_second() -> None:
-        _on_call(harness.lm_eval, "evaluate", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        on_call(harness.lm_eval, "evaluate", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         _trained(recipe)()
 
     assert run_child(stopped_in_the_second, log) == 75, tail(log)
@@ -177,18 +178,6 @@ def test_another_choice_of_tasks_makes_another_run(folder: Path) -> None:
     assert run_child(_trained(recipe), log) == 0, tail(log)
     kept = _kept(folder / "plain")
     assert [(result["task"], result["n"]) for result in kept["results"]] == [("stones", 4)]
-
-
-def _on_call(where: Any, name: str, call: int, act: Callable[[], None]) -> None:
-    plain, calls = getattr(where, name), [0]
-
-    def spied(*arguments: Any, **rest: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            act()
-        return plain(*arguments, **rest)
-
-    setattr(where, name, spied)
 
 
 def _without_lm_evals_own(recipe: str) -> Callable[[], None]:

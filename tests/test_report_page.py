@@ -1,39 +1,29 @@
 """The page of a report in a real browser: pictures that are not drawn, text wider than a phone, requests."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browsing import MARKUP, NEEDS_BROWSER, chromium
 from fake_runs import BEGAN, checkpointed, fake_run, sampled, scored, validated
 
 from cheaptrain.report.write import report_on
 
 selenium = pytest.importorskip("selenium")
 
-from selenium.webdriver import Chrome, ChromeOptions  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver on this machine")
+pytestmark = NEEDS_BROWSER
 
-EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 LONG = "a_word_without_a_place_to_break_" * 8
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    options = ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with Chrome(options=options, service=Service(str(DRIVER))) as driver:
+    with chromium() as driver:
         yield driver
 
 
@@ -56,10 +46,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpointed(runs[2], 200, 2.0)
     for run, last in zip(runs, (2.0, 3.0, 2.5), strict=True):
         validated(run, {0: 5.0, 100: last + 0.5, 200: last})
-        sampled(run, [(0, EVIL, LONG), (200, EVIL, EVIL), (200, LONG, "\n\n")])
+        sampled(run, [(0, MARKUP, LONG), (200, MARKUP, MARKUP), (200, LONG, "\n\n")])
     for step in (100, 200):
         scored(runs[2], step, {"arc_easy": (step / 400, 0.1, 40), LONG: (0.5, None, 1)}, baseline=0.25)
-    marks = {"asked": 100, "ended": 100, "right": 50, "question": EVIL, "answer": LONG}
+    marks = {"asked": 100, "ended": 100, "right": 50, "question": MARKUP, "answer": LONG}
     (runs[2] / "probe.json").write_text(json.dumps({"before": None, "after": marks}))
     return report_on([str(run) for run in runs])
 

@@ -1,13 +1,13 @@
 """The page in a real browser: markup in an answer that is run, requests that leave the machine, columns mixed up."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from browsing import MARKUP, NEEDS_BROWSER, chromium
 from talk_servers import running
 from talkers import END, save_talker
 
@@ -18,30 +18,17 @@ torch.set_num_threads(1)
 
 selenium = pytest.importorskip("selenium")
 
-from selenium.webdriver import Chrome, ChromeOptions  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver on this machine")
-
-MARKUP = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+pytestmark = NEEDS_BROWSER
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     downloads = tmp_path_factory.mktemp("downloads")
-    options = ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    options.add_argument("--window-size=1280,800")
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with Chrome(options=options, service=Service(str(DRIVER))) as driver:
+    with chromium("--window-size=1280,800", preferences={"download.default_directory": str(downloads)}) as driver:
         driver.downloads = downloads
         yield driver
 

@@ -8,7 +8,6 @@ that follow from them stand apart, with the runs.
 
 import contextlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +16,13 @@ from pydantic import ValidationError
 
 from cheaptrain.checkpoint.launch_record import read_launch
 from cheaptrain.compare.sides import Member, Side, leaves_of
+from cheaptrain.recipe import variables
 from cheaptrain.recipe.parents import PARENT_KEYS
 from cheaptrain.recipe.schema import Recipe
 
 _ALWAYS_OTHER = ("seed", "run.dir")
 _MADE_FROM = {**PARENT_KEYS, "tokenizer": "tokenizer.path"}
 _PLANNED = ("steps", "tokens", "processes")  # as the launch wrote down
-
-_SECRET, _HIDDEN = re.compile("key|token|secret|passw|credential|auth", re.IGNORECASE), "(not shown)"  # of [env]
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def _running(member: Member | None) -> dict[str, Any] | None:
     with contextlib.suppress(ValidationError):  # of another version: as it is written
         recipe = Recipe.model_validate(recipe).model_dump(mode="json")
     return {
-        key: _HIDDEN if key.startswith("env.") and _SECRET.search(key) else value
+        key: variables.shown(key, value) if key.startswith("env.") else value
         for key, value in _flat(recipe).items()
         if key not in what and key not in _ALWAYS_OTHER
     }

@@ -10,12 +10,19 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
+HIDDEN = "(not shown)"
+_SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LAUNCHERS = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE"),
     *("ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 }
 _LAUNCHERS_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "PET_", "CHEAPTRAIN_")
+
+
+def shown(name: str, value: Any) -> Any:
+    """`value` of the variable `name` as it may stand in what is passed on: not at all where the name sounds secret."""
+    return HIDDEN if _SECRET.search(name) else value
 
 
 def _name(name: str) -> str:

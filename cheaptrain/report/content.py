@@ -6,7 +6,6 @@ recipe may hold secrets, and reports are passed on: values of those that sound l
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -17,14 +16,13 @@ import cheaptrain
 from cheaptrain.errors import CheaptrainError
 from cheaptrain.evaluate.results import Evaluation, Item, Metric, TaskResult, read_items
 from cheaptrain.evaluate.sums import Marks
+from cheaptrain.recipe import variables
 from cheaptrain.report.account import GPU_MEMORY, Account
 from cheaptrain.report.data_read import data_read
 from cheaptrain.report.noticed import noticed
 from cheaptrain.report.ways import Way, by_task, newest_by_way
 
 FORMAT, VERSION = "cheaptrain report", 1
-HIDDEN = "(not shown)"
-_SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
 
 
 def report_content(accounts: Sequence[Account]) -> dict[str, Any]:
@@ -235,7 +233,7 @@ def _settings(account: Account) -> Iterator[dict[str, Any]]:
     for key, value in _leaves(account.recipe):
         origin = origins.get(key) or _origin_above(key, origins)
         if origin not in (None, "default"):
-            shown = HIDDEN if key.startswith("env.") and _SECRET.search(key) else value
+            shown = variables.shown(key, value) if key.startswith("env.") else value
             yield {"key": key, "value": shown, "from": origin}
 
 
@@ -262,7 +260,7 @@ def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _without_secrets(recipe: Mapping[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = json.loads(json.dumps(recipe))
     if isinstance(shown.get("env"), dict):
-        shown["env"] = {key: HIDDEN if _SECRET.search(key) else value for key, value in shown["env"].items()}
+        shown["env"] = {key: variables.shown(key, value) for key, value in shown["env"].items()}
     return shown
 
 
