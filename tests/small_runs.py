@@ -261,9 +261,9 @@ def note_rows(file: Path) -> None:
 
     plain_step, plain, now = loop._step, loop.train_step, [0]
 
-    def spied_step(stage: Any, *rest: Any) -> Any:
-        now[0] = stage.ledger.step + 1
-        return plain_step(stage, *rest)
+    def spied_step(stage: Any, batches: Any, number: int, factor: float) -> Any:
+        now[0] = number
+        return plain_step(stage, batches, number, factor)
 
     def spied(root: Any, optimizers: Any, batches: Any, *, mesh: Any, **rest: Any) -> Any:
         rows = [batch.input_ids.tolist() for batch in batches]

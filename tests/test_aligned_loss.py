@@ -229,7 +229,7 @@ def _one_step(rank: int, size: int, teacher: str, layout: Layout, divergence: st
         sources=2,
         learning_rate_factor=1.0,
         grad_clip=0.0,
-    )
+    ).result()
     assert result.applied and result.taught is not None and result.taught.agreement is None
     return {"result": result, "grads": grads}
 

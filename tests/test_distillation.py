@@ -125,7 +125,7 @@ def _one_step(rank: int, size: int, layout: Layout, distill: Distill, micro: int
         sources=2,
         learning_rate_factor=1.0,
         grad_clip=0.0,
-    )
+    ).result()
     assert result.applied and result.taught is not None
     assert all(p.grad is None and not p.requires_grad for p in read.root.parameters())
     # Its embedding and head stay gathered.

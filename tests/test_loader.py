@@ -181,7 +181,7 @@ def test_reader_runs_far_ahead_and_fills_the_memory(
     streams: list[TokenStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(Loader, "step", lambda self, first_row: asked.append(first_row))
+    monkeypatch.setattr(Loader, "step", lambda self, first_row: asked.append(first_row) or [])
     steps = loader_of(streams).prefetch(0, 1000, ahead=2)
     next(steps)
     deadline = time.monotonic() + 10

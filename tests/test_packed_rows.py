@@ -212,7 +212,7 @@ def _one_step(rank: int, size: int, folder: Path, seed: int, micro: int, layout:
     result = train_step(
         root, build_optimizers(model, train), batches, mesh=mesh, objective=next_token,
         compute=replace(COMPUTE, context=context), sources=1, learning_rate_factor=1.0, grad_clip=1.0,
-    )  # fmt: skip
+    ).result()  # fmt: skip
     weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
     found = result.loss, [weight.detach().clone() for weight in weights]
     assert result.counts.normaliser == len(LENGTHS)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cheaptrain.data.rows import RowBatch
+from cheaptrain.model import compiled as compiled_layers
 from cheaptrain.model.build import build_model
 from cheaptrain.model.context import Context
 from cheaptrain.parallel.mesh import data_rank, make_mesh
@@ -88,7 +89,7 @@ def _steps(
     """Two steps: the first unclipped, with its gradients kept, the second clipped. `wide`: 4 key/value heads."""
     processes = join(60)
     if compiled:
-        torch.compile = functools.partial(torch.compile, backend="aot_eager")  # as right or wrong as inductor, and fast
+        compiled_layers.lower = torch._dynamo.lookup_backend("aot_eager")  # as right or wrong as inductor, and fast
     mesh = make_mesh(layout, "cpu")
     overrides = {"tie_word_embeddings": tied} | ({} if kind == "gpt2" else {"num_key_value_heads": 4 if wide else 2})
     spec = Model(preset=f"tiny-{kind}", overrides=overrides)
@@ -133,7 +134,7 @@ def _steps(
             learning_rate_factor=1.0,
             grad_clip=0.5 * step,
             stop=rank == size - 1,
-        )
+        ).result()
         losses.append(result.loss)
         norms.append(result.grad_norm)
         counts.append(result.counts)

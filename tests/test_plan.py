@@ -293,7 +293,7 @@ def measured_peak(
             sources=1,
             learning_rate_factor=1.0,
             grad_clip=1.0,
-        )
+        ).result()
 
     step()
     states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]

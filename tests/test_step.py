@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from cheaptrain.parallel.processes import join, leave
 from cheaptrain.parallel.root import Root
 from cheaptrain.recipe.layout import Layout
 from cheaptrain.recipe.schema import Model, Train
-from cheaptrain.train.objective import Compute, next_token
+from cheaptrain.train.objective import Compute, hidden_states, next_token
 from cheaptrain.train.optim import build_optimizers
 from cheaptrain.train.step import StepResult, train_step
 
@@ -73,7 +74,12 @@ def mesh() -> Iterator[DeviceMesh]:
 
 
 def _step(
-    mesh: DeviceMesh, model: PreTrainedModel, batches: list[RowBatch], recompute: bool = False, **changes: object
+    mesh: DeviceMesh,
+    model: PreTrainedModel,
+    batches: list[RowBatch],
+    recompute: bool = False,
+    compute: Compute = COMPUTE,
+    **changes: object,
 ) -> tuple[StepResult, list[torch.Tensor]]:
     """One step with the gradients it used: the optimizer's own step is watched."""
     train = _train(**changes)
@@ -88,10 +94,10 @@ def _step(
         mesh=mesh,
         sources=1,
         objective=next_token,
-        compute=COMPUTE,
+        compute=compute,
         learning_rate_factor=1.0,
         grad_clip=train.grad_clip,
-    )
+    ).result()
     return result, gradients
 
 
@@ -118,7 +124,7 @@ def test_packed_rows_teach_what_their_documents_teach_one_by_one(mesh: DeviceMes
         for number in batch.document_ids[row].unique():
             here = batch.document_ids[row] == number
             logits = twin(batch.input_ids[row][here][None], use_cache=False).logits[0]
-            loss, _ = linear_cross_entropy_reference(logits, torch.eye(logits.shape[1]), batch.labels[row][here])
+            loss, *_ = linear_cross_entropy_reference(logits, torch.eye(logits.shape[1]), batch.labels[row][here])
             total, count = total + loss, count + int((batch.labels[row][here] != -100).sum())
     (total / count).backward()
     assert count == packed.counts.supervised
@@ -149,6 +155,31 @@ def test_clipping_scales_the_gradient_of_the_whole_batch(mesh: DeviceMesh) -> No
     torch.testing.assert_close(smaller[0] * 2, gradients[0], atol=1e-6, rtol=1e-4)
 
 
+def test_z_loss_hides_in_the_loss_or_depends_on_accumulation(mesh: DeviceMesh) -> None:
+    batch, z = _rows(4), 0.05
+    model = _model()
+    logits = _hidden_logits(model, batch)
+    supervised = batch.labels.flatten() != -100
+    log_sums = logits.logsumexp(-1)[supervised]
+    entropies = torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), reduction="none")[supervised]
+    (entropies + z * log_sums.square()).mean().backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    assert z * log_sums.square().mean() > 0.5  # of a loss of 5.3: enough to show
+    for parts in (1, 4):
+        result, gradients = _step(mesh, _model(), _split(batch, parts), compute=replace(COMPUTE, z_loss=z), grad_clip=0)
+        assert result.cross_entropy == pytest.approx(entropies.mean().item(), abs=1e-5)
+        assert result.loss == pytest.approx((entropies + z * log_sums.square()).mean().item(), abs=1e-5)
+        for ours, theirs in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
+    plain, _ = _step(mesh, _model(), [batch])
+    assert plain.cross_entropy is None and plain.loss == pytest.approx(entropies.mean().item(), abs=1e-5)
+
+
+def _hidden_logits(model: PreTrainedModel, batch: RowBatch) -> torch.Tensor:
+    hidden = hidden_states(model, batch, COMPUTE).flatten(0, 1)
+    return hidden @ model.get_output_embeddings().weight.T
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_that_is_not_finite_touches_no_weight_and_no_moment(mesh: DeviceMesh, optimizer: str) -> None:
     model = _model()
@@ -167,13 +198,14 @@ def test_a_step_that_is_not_finite_touches_no_weight_and_no_moment(mesh: DeviceM
         compute=COMPUTE,
         learning_rate_factor=1.0,
         grad_clip=1.0,
-    )
+    ).result()
     assert not result.applied
     assert math.isnan(result.loss)
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old.nan_to_num(7.0), new.detach().nan_to_num(7.0))
         assert new.grad is None
-    assert all(not optimizer.state for optimizer in optimizers)
+    moments = [each for optimizer in optimizers for state in optimizer.state.values() for each in state.values()]
+    assert all(not each.any() for each in moments), "moments and counts of steps as they were: zero"
 
 
 def test_muon_moves_hidden_matrices_and_adamw_the_rest() -> None:

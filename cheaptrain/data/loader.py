@@ -9,7 +9,7 @@ with its own traceback, where the step is awaited.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -60,17 +60,29 @@ class Loader:
         ]
         return [_with_spans(batch, self.aligner) for batch in batches] if self.aligner else batches
 
-    def prefetch(self, first_row: int, steps: int, ahead: int = 2) -> Generator[list[RowBatch], None, None]:
-        """`steps` steps from `first_row` on, read in a background thread up to `ahead` steps before they are asked for.
+    def prefetch(
+        self,
+        first_row: int,
+        steps: int,
+        ready: Callable[[list[RowBatch]], list[RowBatch]] = list,
+        *,
+        ahead: int = 2,
+    ) -> Generator[list[RowBatch], None, None]:
+        """`steps` steps from `first_row` on, read and made `ready` in a background thread up to `ahead` steps before
+        they are asked for.
 
         What fails in the thread is raised here. Leaving early (closing or dropping the iterator) ends the thread.
         """
+
+        def read(step: int) -> list[RowBatch]:
+            return ready(self.step(first_row + step * self.rows_per_step))
+
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows") as reader:
             waiting: deque[Future[list[RowBatch]]] = deque()
             try:
                 for step in range(steps + ahead):
                     if step < steps:
-                        waiting.append(reader.submit(self.step, first_row + step * self.rows_per_step))
+                        waiting.append(reader.submit(read, step))
                     if step >= ahead:
                         yield waiting.popleft().result()
             finally:

@@ -10,7 +10,7 @@ in what is left of the row. In both, each document counts its positions from 0 a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -49,9 +49,19 @@ class RowBatch:
         kernel runs depends on their values, and reading them on a GPU would stop it."""
         if device.type == "cpu":
             return self
-        names = ["input_ids", "labels", "position_ids", *(["weights"] if self.weights is not None else [])]
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        moved: dict[str, Any] = {name: each.to(device, non_blocking=True) for name, each in self._moving().items()}
         return replace(self, **moved, aligned=None if self.aligned is None else self.aligned.to(device))
+
+    def pinned(self) -> "RowBatch":
+        """The same batch with what goes to a GPU in page-locked memory: only from there does a copy not hold up the
+        thread that asks for it."""
+        aligned = None if self.aligned is None else self.aligned.pinned()
+        pinned: dict[str, Any] = {name: each.pin_memory() for name, each in self._moving().items()}
+        return replace(self, **pinned, aligned=aligned)
+
+    def _moving(self) -> dict[str, torch.Tensor]:
+        tensors = {"input_ids": self.input_ids, "labels": self.labels, "position_ids": self.position_ids}
+        return tensors if self.weights is None else tensors | {"weights": self.weights}
 
     def share(self, rank: int, size: int) -> "RowBatch":
         """The tokens that process `rank` of the `size` that share each row has: one stretch of every row. document_ids

@@ -174,7 +174,7 @@ def _recorded(
 def _train_stage(
     survey: Survey, opened: OpenedRun, processes: Processes, stop: StopRequest, console: Console, note: Note
 ) -> Outcome:
-    recipe = survey.loaded.recipe
+    recipe, began = survey.loaded.recipe, time.perf_counter()
     processes.on_main(lambda: note({"plan": print_plan(survey, console)}))  # it may refuse, too
     processes.on_main(lambda: refuse_without_space(survey, opened))
     trackers = Accelerator(
@@ -188,14 +188,24 @@ def _train_stage(
     limits = recipe.parallel
     with watch(processes, limits.start_timeout, limits.step_timeout, opened.directory.path / STACKS) as watcher:
         with _memory_explained(recipe):
-            stage = set_up(survey, opened, trackers, processes, watch=watcher, stop=stop, console=console)
+            stage = set_up(
+                survey,
+                opened,
+                trackers,
+                processes,
+                watch=watcher,
+                stop=stop,
+                console=console,
+                note=note,
+                began=began,
+            )
         if opened.checkpoint is not None:
             say(console, f"going on from {opened.checkpoint.path} ({stage.ledger.tokens_seen:,} tokens seen)")
-        began, from_step = time.perf_counter(), stage.ledger.step
+        ready, from_step = time.perf_counter(), stage.ledger.step
         with _records_closed(stage), _memory_explained(recipe):
             train(stage)
     processes.on_main(lambda: probe_after(survey, opened.directory))
-    return outcome_of(survey, "trained", time.perf_counter() - began, from_step, partial(say, console))
+    return outcome_of(survey, "trained", time.perf_counter() - ready, from_step, partial(say, console))
 
 
 def _examined(outcome: Outcome, recipe: Recipe, processes: Processes, stop: StopRequest, console: Console) -> Outcome:

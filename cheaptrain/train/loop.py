@@ -10,8 +10,10 @@ the checkpoint of step n has exactly the records up to n and repeats none; what 
 import gc
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -20,6 +22,7 @@ import torch
 from cheaptrain.checkpoint.jsonl import read_records
 from cheaptrain.data.rows import RowBatch
 from cheaptrain.errors import DivergedError, StoppedError
+from cheaptrain.model.compiled import CompileCounts, compile_counts
 from cheaptrain.parallel.mesh import data_rank
 from cheaptrain.say import say
 from cheaptrain.train.display import Display
@@ -30,8 +33,9 @@ from cheaptrain.train.save import collect_save, poll_save, save
 from cheaptrain.train.schedule import learning_rate
 from cheaptrain.train.signals import agreed_stop
 from cheaptrain.train.stage import Stage
-from cheaptrain.train.step import StepResult, train_step
+from cheaptrain.train.step import StartedStep, StepResult, train_step
 from cheaptrain.train.validate import validate, validation_metrics
+from cheaptrain.units import duration
 
 
 def train(stage: Stage) -> None:
@@ -43,26 +47,25 @@ def train(stage: Stage) -> None:
     resolved, ledger, watch = stage.resolved, stage.ledger, stage.watch
     factor = learning_rate(stage.recipe.train, resolved)
     display = Display(stage.console, stage.name, resolved.steps, ledger.step)
-    started_at = ledger.step
+    started_at, compiled = ledger.step, compile_counts()
     try:
         # Also what was due after the step that the run goes on from, where a stop came before it.
         _observe(stage, first=ledger.step == 0, done=stage.processes.on_main(lambda: _observed(stage)))
         stage.root.train()
         if agreed_stop(stage.stop, stage.processes):
             _stop(stage, saved=True)
-        with closing(stage.loader.prefetch(ledger.rows_seen, resolved.steps - ledger.step)) as steps:
-            while ledger.step < resolved.steps:
-                began = time.perf_counter()
-                watch.beat("waiting for data", ledger.step + 1)
-                batches = next(steps)
-                watch.beat("forward and backward", ledger.step + 1)
-                result = _step(stage, batches, factor(ledger.tokens_seen))
-                ledger.add(result.counts, stage.loader.order.names, result, time.perf_counter() - began)
-                if not result.applied:
-                    _not_finite(stage, result, time.perf_counter() - began)
-                asked, saved = _after_step(stage, display, result, time.perf_counter() - began)
-                stage.stop.note_step(time.perf_counter() - began)
-                if ledger.step == started_at + 1:
+        with closing(stage.loader.prefetch(ledger.rows_seen, resolved.steps - started_at, _ready(stage))) as steps:
+            ahead: deque[_Handed] = deque()
+            free = time.perf_counter()  # since when the loop has been waiting for the next step to be done
+            for step in range(started_at + 1, resolved.steps + 1):
+                ahead.append(_hand_over(stage, steps, step, factor))
+                allowed = 0 if step == started_at + 1 or _due(stage, step) else stage.steps_ahead
+                asked = saved = False
+                while len(ahead) > (0 if asked else allowed):
+                    now_asked, saved = _finish(stage, display, ahead.popleft(), free)
+                    asked, free = asked or now_asked, time.perf_counter()
+                if step == started_at + 1:
+                    _note_start(stage, compiled)
                     watch.tighten()
                     gc.collect()
                     gc.freeze()  # a full collection in the middle of training costs up to half a second
@@ -74,13 +77,79 @@ def train(stage: Stage) -> None:
         gc.unfreeze()
 
 
-def _step(stage: Stage, batches: Sequence[RowBatch], factor: float) -> StepResult:
-    context, step = stage.compute.context, stage.ledger.step
-    stretch = context.rank if context else 0
-    if context:
-        batches = [batch.share(stretch, context.size) for batch in batches]
-    share = data_rank(stage.mesh) * stage.mesh["cp"].size() + stretch
-    seed_step(stage.recipe.seed, step, share)
+@dataclass(frozen=True)
+class _Handed:
+    """A step that was handed over, and when its turn began."""
+
+    number: int
+    step: StartedStep
+    began: float
+
+
+def _hand_over(stage: Stage, steps: Iterator[list[RowBatch]], number: int, factor: Callable[[int], float]) -> _Handed:
+    began = time.perf_counter()
+    stage.watch.beat("waiting for data", number)
+    batches = next(steps)
+    stage.watch.beat("forward and backward", number)
+    # What the steps still under way will add is known: a step that reads anything else ends the run.
+    tokens = stage.ledger.tokens_seen + (number - 1 - stage.ledger.step) * stage.resolved.tokens_per_step
+    return _Handed(number, _step(stage, batches, number, factor(tokens)), began)
+
+
+def _finish(stage: Stage, display: Display, handed: _Handed, free: float) -> tuple[bool, bool]:
+    """Enter a step in the ledger once it is done, and do what is due after it; answers as `_after_step` does."""
+    stage.watch.beat("waiting for the device", handed.number)
+    result = handed.step.result()
+    since = max(handed.began, free)  # handed over earlier, it took its time beside the one before
+    seconds = time.perf_counter() - since
+    stage.ledger.add(result.counts, stage.loader.order.names, result, seconds)
+    if not result.applied:
+        _not_finite(stage, result, seconds)
+    answer = _after_step(stage, display, result, seconds)
+    stage.stop.note_step(time.perf_counter() - since)
+    return answer
+
+
+def _note_start(stage: Stage, before: CompileCounts) -> None:
+    """Enter in the record of the launch, and say if layers were compiled, how long the first step was in coming."""
+    seconds = time.perf_counter() - stage.began
+    now = compile_counts()
+    graphs, found = now.graphs - before.graphs, now.from_cache - before.from_cache
+    took = now.seconds - before.seconds
+    stage.note({"first_step": {"seconds": seconds, "graphs": graphs, "graphs_found": found, "compiling_seconds": took}})
+    if graphs:
+        where = f", {found} of {graphs} graphs were there from an earlier start" if found else ""
+        say(stage.console, f"first step after {duration(seconds)}, {duration(took)} of it compiling{where}", "dim")
+
+
+def _due(stage: Stage, step: int) -> bool:
+    """Whether something needs the weights of exactly this step."""
+    resolved = stage.resolved
+    every = [
+        resolved.save_every,
+        resolved.validate_every if stage.validation else 0,
+        resolved.sample_every if stage.recipe.samples.prompts else 0,
+        resolved.light_every if stage.light else 0,
+    ]
+    return step == resolved.steps or any(step % each == 0 for each in every if each)
+
+
+def _ready(stage: Stage) -> Callable[[list[RowBatch]], list[RowBatch]]:
+    """What is left to do for a batch that needs no device; runs in the reader's thread."""
+    context, pin = stage.compute.context, stage.compute.device.type == "cuda"
+
+    def ready(batches: list[RowBatch]) -> list[RowBatch]:
+        if context:
+            batches = [batch.share(context.rank, context.size) for batch in batches]
+        return [batch.pinned() for batch in batches] if pin else batches
+
+    return ready
+
+
+def _step(stage: Stage, batches: Sequence[RowBatch], number: int, factor: float) -> StartedStep:
+    context = stage.compute.context
+    share = data_rank(stage.mesh) * stage.mesh["cp"].size() + (context.rank if context else 0)
+    seed_step(stage.recipe.seed, number - 1, share)
     return train_step(
         stage.root,
         stage.optimizers,
@@ -92,7 +161,7 @@ def _step(stage: Stage, batches: Sequence[RowBatch], factor: float) -> StepResul
         learning_rate_factor=factor,
         grad_clip=stage.recipe.train.grad_clip,
         stop=bool(stage.stop),
-        beat=lambda phase: stage.watch.beat(phase, step + 1),
+        beat=lambda phase: stage.watch.beat(phase, number),
     )
 
 
@@ -119,6 +188,8 @@ def _step_metrics(stage: Stage, result: StepResult, seconds: float) -> dict[str,
     speed = result.counts.tokens / seconds
     taught = result.taught
     cross_entropy = taught.cross_entropy if taught else result.loss
+    if result.cross_entropy is not None:
+        cross_entropy = result.cross_entropy
     values: dict[str, Any] = {
         "train/loss": result.loss,
         "train/perplexity": math.exp(min(cross_entropy, 100.0)) if math.isfinite(cross_entropy) else cross_entropy,
@@ -136,6 +207,8 @@ def _step_metrics(stage: Stage, result: StepResult, seconds: float) -> dict[str,
         values |= {"train/cross_entropy": taught.cross_entropy, "kd/loss": taught.divergence}
         others = {"kd/agreement": taught.agreement, "kd/aligned": taught.aligned}
         values |= {name: value for name, value in others.items() if value is not None}
+    if result.cross_entropy is not None:
+        values |= {"train/cross_entropy": cross_entropy, "train/z_loss": result.loss - cross_entropy}
     if stage.ledger.skipped_steps:
         values["train/skipped_steps"] = stage.ledger.skipped_steps
     if stage.peak_flops:

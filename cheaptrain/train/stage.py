@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from cheaptrain.checkpoint.jsonl import JsonLines
+from cheaptrain.checkpoint.launch_record import Note
 from cheaptrain.checkpoint.paths import RunDirectory
 from cheaptrain.data.loader import Loader
 from cheaptrain.data.rows import RowBatch
@@ -61,3 +62,6 @@ class Stage:
     flops_per_token: float
     peak_flops: float | None  # of one process; None when the GPU is not known
     checkpoint_bytes: int  # estimate
+    note: Note  # adds to the record of this launch
+    began: float  # when work on the stage began, on the clock of time.perf_counter()
+    steps_ahead: int  # handed to the device before the last one's figures are read

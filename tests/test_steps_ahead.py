@@ -1,0 +1,160 @@
+"""Handing a step over before the last one's figures are read must show nowhere but on the clock.
+
+On a GPU that is how training runs. Here the CPU does each step at once, and the loop all the same takes up what it was
+one step later.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import ledger_of, prepare, read_lines, recipe_table, run_child, tail, train, write_recipe, write_texts
+
+from cheaptrain.train import chain, loop
+
+CLOCKS = ("seconds", "per_second", "per_gpu", "system/memory", "mfu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ahead")
+    write_texts(folder)
+    prepare(write_recipe(folder / "recipe.toml", _table(folder, "run")))
+    return folder
+
+
+def _table(folder: Path, run: str, **train_keys: Any) -> dict[str, Any]:
+    table = recipe_table(folder, run)
+    table["train"] |= {"steps": 24, **train_keys}
+    table["validation"] |= {"every": "7 steps"}
+    table["samples"] = {"prompts": ["the river"], "max_new_tokens": 4, "every": "9 steps"}
+    return table
+
+
+def _trained(folder: Path, name: str, ahead: int, before: Callable[[], None] = lambda: None, **keys: Any) -> int:
+    """Train a recipe with `ahead` steps handed over early; the exit code of the child."""
+    path = write_recipe(folder / f"{name}.toml", _table(folder, name, **keys))
+
+    def work() -> None:
+        plain = chain.train
+
+        def set_ahead(stage: Any) -> None:
+            stage.steps_ahead = ahead
+            plain(stage)
+
+        chain.train = set_ahead
+        before()
+        train(path)()
+
+    return run_child(work, folder / f"{name}.log")
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in record.items() if not key.startswith("checkpoint/") and not key.endswith(CLOCKS)}
+        for file in ("metrics.jsonl", "samples.jsonl")
+        for record in read_lines(run / file)
+        if "checkpoint/step" not in record
+    ]
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "final" / "model.safetensors")
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Iterator[Path]:
+    assert _trained(folder, "at-once", 0) == 0, tail(folder / "at-once.log")
+    yield folder / "at-once"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_reading_figures_late_changes_a_record_or_a_weight(folder: Path, undisturbed: Path, optimizer: str) -> None:
+    plain = undisturbed
+    if optimizer == "muon":
+        assert _trained(folder, "at-once-muon", 0, optimizer=optimizer) == 0
+        plain = folder / "at-once-muon"
+    late = folder / f"late-{optimizer}"
+    assert _trained(folder, late.name, 1, optimizer=optimizer) == 0, tail(folder / f"{late.name}.log")
+    assert _records(late) == _records(plain)
+    assert _same(_weights(late), _weights(plain))
+
+
+@pytest.mark.parametrize("at", [1, 13, 23])
+def test_a_stop_loses_the_step_that_was_handed_over_already(folder: Path, undisturbed: Path, at: int) -> None:
+    name = f"stopped-{at}"
+
+    def stop_in_step() -> None:
+        plain = loop._step
+
+        def stopping(stage: Any, batches: Any, number: int, factor: float) -> Any:
+            if number == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(stage, batches, number, factor)
+
+        loop._step = stopping
+
+    ended = _trained(folder, name, 1, stop_in_step)
+    run = folder / name
+    if at < 23:  # step 24 was under way when that of step 23 was heard of, and with it all is done
+        assert ended == 75, tail(folder / f"{name}.log")
+        newest = max(run.glob("checkpoints/step-*"))
+        done = ledger_of(newest)["step"]
+        assert done == at + (at > 1)  # the first is waited for
+        assert ledger_of(newest)["rows_seen"] == 4 * done
+        ended = _trained(folder, name, 1)
+    assert ended == 0, tail(folder / f"{name}.log")
+    assert _same(_weights(run), _weights(undisturbed))
+    assert _records(run) == _records(undisturbed)
+
+
+def _broken_at(*steps: int) -> Callable[[], None]:
+    """The first micro-batch of these steps has a loss that is not a number."""
+
+    def put() -> None:
+        plain = loop._step
+
+        def breaking(stage: Any, batches: Any, number: int, factor: float) -> Any:
+            objective = stage.objective
+
+            def broken(*arguments: Any) -> Any:
+                sums = objective(*arguments)
+                return sums._replace(loss=sums.loss * float("nan"))
+
+            stage.objective = broken if number in steps else objective
+            try:
+                return plain(stage, batches, number, factor)
+            finally:
+                stage.objective = objective
+
+        loop._step = breaking
+
+    return put
+
+
+def test_a_step_that_is_not_finite_is_skipped_like_any_other_way(folder: Path) -> None:
+    for name, ahead in (("skip-at-once", 0), ("skip-late", 1)):
+        code = _trained(folder, name, ahead, _broken_at(4, 5, 12, 24), on_nonfinite="skip")
+        assert code == 0, tail(folder / f"{name}.log")
+    plain, late = folder / "skip-at-once", folder / "skip-late"
+    assert _same(_weights(plain), _weights(late))
+    skipped = [record.get("train/skipped_steps") for record in _records(late) if "train/loss" in record]
+    assert skipped == [record.get("train/skipped_steps") for record in _records(plain) if "train/loss" in record]
+    assert skipped[2:5] == [None, 1, 2] and skipped[-1] == 4
+
+
+def test_divergence_is_entered_under_another_step_or_saved(folder: Path) -> None:
+    assert _trained(folder, "diverged", 1, _broken_at(11)) == 4
+    assert "step 11: loss nan" in tail(folder / "diverged.log")
+    run = folder / "diverged"
+    assert [r["step"] for r in read_lines(run / "metrics.jsonl") if "train/loss" in r] == list(range(1, 12))
+    assert max(int(path.name[5:]) for path in run.glob("checkpoints/step-*")) == 10
