@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from transformers import GPT2Config, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from cheaptrain.errors import CheaptrainError, PreflightError
-from cheaptrain.model import attention
+from cheaptrain.model import attention, attention_kernels
 from cheaptrain.model import context as context_parallel
 from cheaptrain.model.attention import attention_inputs, cheaptrain_attention
 from cheaptrain.model.context import Context, check_context, heads_for_tokens, tokens_for_heads
+from cheaptrain.model.packing import boundaries_of
 from cheaptrain.model.parts import decoder, decoder_layers, head
 from cheaptrain.recipe.schema import Model
 
@@ -228,13 +229,13 @@ def _variable_length(rank: int, size: int) -> float:
         return torch.cat(parts)
 
     context = _context(rank, size)
-    attention.varlen_attn = kernel
+    attention_kernels.varlen_attn = kernel
     documents = positions_and_documents(CUTS)[1]
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(len(CUTS), heads, 32, 8, generator=generator).bfloat16() for heads in (4, 2, 2)]
     dense = attention_inputs(documents, True)
     expected, _ = cheaptrain_attention(torch.nn.Module(), *whole, None, **dense)
-    boundaries = attention._boundaries(documents[:, 1:] != documents[:, :-1])
+    boundaries = boundaries_of(documents[:, 1:] != documents[:, :-1])
     packed = attention_inputs(documents, True, context=context) | {
         "packing": attention.VARLEN, "packing_boundaries": boundaries, "packing_mask": None
     }  # fmt: skip

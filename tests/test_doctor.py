@@ -26,7 +26,7 @@ from cheaptrain.doctor.remedies import Interface, candidates, try_in_order
 from cheaptrain.doctor.subject import count_processes
 from cheaptrain.doctor.view import WIDTH, print_section
 from cheaptrain.errors import PreflightError, RecipeError
-from cheaptrain.model import attention
+from cheaptrain.model import attention, attention_check
 from cheaptrain.recipe.schema import Parallel
 
 torch.set_num_threads(1)
@@ -315,7 +315,7 @@ def test_a_gradient_of_nan_is_lost_among_good_numbers(monkeypatch: pytest.Monkey
             return gradient * float("nan")
 
     def spoilt(query, key, value, *, documents):
-        return attention_paths._written_out(query, key, Spoilt.apply(value), documents=documents)
+        return attention_check.written_out(query, key, Spoilt.apply(value), documents=documents)
 
     monkeypatch.setattr(attention_paths, "_attention", lambda name, *inputs, **named: spoilt(*inputs, **named))
     ran = run_path(CAUSAL, Shape(), "cpu", torch.float32)

@@ -9,8 +9,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
 
 from cheaptrain.errors import CheaptrainError, RecipeError
-from cheaptrain.model import attention
-from cheaptrain.model.attention import attention_inputs, cheaptrain_attention, unsupported_attention
+from cheaptrain.model import attention, attention_kernels
+from cheaptrain.model.attention import attention_inputs, cheaptrain_attention
+from cheaptrain.model.attention_asked import unsupported_attention
+from cheaptrain.model.packing import boundaries_of
 from cheaptrain.model.parts import decoder, decoder_layers
 from cheaptrain.model.proof import plain_twin
 from cheaptrain.recipe.schema import Model
@@ -86,12 +88,12 @@ def test_long_rows_without_a_mask_attend_otherwise_than_with_it(monkeypatch, pre
 
 def test_boundaries_cover_every_token_once_and_keep_their_shape() -> None:
     _, documents = positions_and_documents()
-    boundaries = attention._boundaries(documents[:, 1:] != documents[:, :-1])
+    boundaries = boundaries_of(documents[:, 1:] != documents[:, :-1])
     assert boundaries.dtype == torch.int32
     assert boundaries.tolist()[:8] == [0, 7, 19, 20, 32, 52, 64, 96]
     assert set(boundaries.tolist()[8:]) == {96}
     assert len(boundaries) == 17
-    more = attention._boundaries(torch.ones(2, 16, dtype=torch.bool))
+    more = boundaries_of(torch.ones(2, 16, dtype=torch.bool))
     assert len(more) == 65 and more.tolist()[:35] == [*range(35)]
 
 
@@ -110,13 +112,13 @@ def test_variable_length_path_lays_rows_heads_and_boundaries_out_rightly(monkeyp
                 parts.append(out[0].transpose(0, 1))
         return torch.cat(parts)
 
-    monkeypatch.setattr(attention, "varlen_attn", reference)
-    monkeypatch.setattr(attention, "_VARLEN_KNOWS_GQA", knows_gqa)
+    monkeypatch.setattr(attention_kernels, "varlen_attn", reference)
+    monkeypatch.setattr(attention_kernels, "_VARLEN_KNOWS_GQA", knows_gqa)
     _, documents = positions_and_documents()
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(3, heads, 32, 8, generator=generator) for heads in (4, 2, 2))
-    boundaries = attention._boundaries(documents[:, 1:] != documents[:, :-1])
-    output = attention._variable_length(query, key, value, boundaries, 0.3)
+    boundaries = boundaries_of(documents[:, 1:] != documents[:, :-1])
+    output = attention_kernels.packed("varlen", query, key, value, boundaries, 0.0, 0.3)
     expected, _ = cheaptrain_attention(
         torch.nn.Module(), query, key, value, None, scaling=0.3, **attention_inputs(documents, True)
     )
@@ -206,7 +208,7 @@ def test_queries_normed_to_fp32_are_cast_back_under_autocast(monkeypatch) -> Non
         seen.extend([query.dtype, key.dtype, value.dtype])
         return query
 
-    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention_kernels, "varlen_attn", kernel)
     q, v = torch.randn(1, 4, 16, 8), torch.randn(1, 4, 16, 8, dtype=torch.bfloat16)
     inputs = {"packing": attention.VARLEN, "packing_boundaries": torch.tensor([0, 16], dtype=torch.int32)}
     with torch.autocast("cpu", torch.bfloat16):

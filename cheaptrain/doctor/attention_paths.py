@@ -1,13 +1,11 @@
 """Every way attention can be computed on this device, run forward and backward and held against plain arithmetic.
 
-Two of them are what training takes: rows that are one document, and packed rows. The others are the kernels SDPA may
-choose from for the first. A list of what a library claims to support is worth little: a kernel can be missing from the
-build, refuse this head size, or (the trap) run and be wrong. So each runs, and its numbers are compared: the output and
-the three gradients, against softmax written out in fp64.
+Two of them are what training takes unless it finds a faster one when it starts: rows that are one document, and packed
+rows. The others are the kernels that it may find (`attention_kernels.py`), of SDPA for the first and of the flash-attn
+libraries for both, and plain arithmetic. The numbers are compared with softmax written out in fp64.
 """
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cheaptrain.model.attention import attention_inputs, cheaptrain_attention
+from cheaptrain.model import attention_libraries as libraries
+from cheaptrain.model.attention import DEFAULT, AttentionChoice, attention_inputs, cheaptrain_attention
+from cheaptrain.model.attention_check import HALF_ALLOWED, forward_backward, largest_difference, written_out
 
 CAUSAL, PACKED, PACKED_FP32 = "causal rows", "packed rows", "packed, fp32"
 TRAINED_WITH = (CAUSAL, PACKED)
@@ -26,10 +26,11 @@ _KERNELS = {
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA math": SDPBackend.MATH,
 }
-_GPU_ONLY = ("SDPA cuDNN", "SDPA efficient", PACKED_FP32)
+_LIBRARIES = {label: name for name, label in libraries.LABELS.items()}
+_LIBRARIES_PACKED = {f"{label}, packed": name for label, name in _LIBRARIES.items()}
+_GPU_ONLY = ("SDPA cuDNN", "SDPA efficient", PACKED_FP32, *_LIBRARIES, *_LIBRARIES_PACKED)
 _ROWS = 2
 _ALLOWED = {"cpu": {torch.float32: 1e-4}, "cuda": {torch.float32: 5e-3}}  # TF32 may be on
-_ALLOWED_HALF = 5e-2
 
 
 @dataclass(frozen=True)
@@ -57,61 +58,47 @@ class Ran:
 
 def paths_on(device: str) -> list[str]:
     """Names of what can be tried on a device, those of training first."""
-    return [name for name in (CAUSAL, PACKED, *_KERNELS, PACKED_FP32) if device == "cuda" or name not in _GPU_ONLY]
+    names = (CAUSAL, PACKED, *_KERNELS, *_LIBRARIES, *_LIBRARIES_PACKED, PACKED_FP32)
+    return [name for name in names if device == "cuda" or name not in _GPU_ONLY]
 
 
 def run_path(name: str, shape: Shape, device: str, dtype: torch.dtype) -> Ran:
     """Run one path in `dtype` and compare it. An error, whatever it is, becomes part of the answer."""
     if name == PACKED_FP32:
         dtype = torch.float32
+    if library := _LIBRARIES.get(name) or _LIBRARIES_PACKED.get(name):
+        reason = "half precision only" if dtype == torch.float32 else libraries.why_not(library)
+        if reason is not None:
+            return Ran(None, HALF_ALLOWED, reason)
     generator = torch.Generator().manual_seed(0)
     sizes = ((_ROWS, heads, shape.seq, shape.head_dim) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
     inputs = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
     weights = torch.randn(_ROWS, shape.heads, shape.seq, shape.head_dim, generator=generator).to(device)
-    documents = _documents(shape.seq, packed=name in (PACKED, PACKED_FP32))
-    allowed = _ALLOWED[device].get(dtype, _ALLOWED_HALF)
+    documents = _documents(shape.seq, packed=name in (PACKED, PACKED_FP32, *_LIBRARIES_PACKED))
+    allowed = _ALLOWED[device].get(dtype, HALF_ALLOWED)
     with warnings.catch_warnings(record=True) as reasons:
         warnings.simplefilter("always")
         try:
-            got = _forward_backward(partial(_attention, name, documents=documents), inputs, weights)
+            got = forward_backward(partial(_attention, name, documents=documents), inputs, weights)
         except Exception as error:
             return Ran(None, allowed, _in_words(error, [str(reason.message) for reason in reasons]))
-    expected = _forward_backward(
-        partial(_written_out, documents=documents.to(device)), [x.double() for x in inputs], weights.double()
+    expected = forward_backward(
+        partial(written_out, documents=documents.to(device)), [x.double() for x in inputs], weights.double()
     )
-    differences = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, expected, strict=True)]
-    return Ran(torch.tensor(differences).max().item(), allowed)  # Python's max() can lose a NaN
+    return Ran(largest_difference(got, expected), allowed)
 
 
 def _attention(name: str, query: Tensor, key: Tensor, value: Tensor, *, documents: Tensor) -> Tensor:
     """`[rows, heads, seq, head_dim]` by the path of this name."""
     if name not in _KERNELS:
-        inputs = attention_inputs(documents, True, query.device)
+        library = _LIBRARIES.get(name) or _LIBRARIES_PACKED.get(name)
+        choice = AttentionChoice(library, library) if library else DEFAULT
+        inputs = attention_inputs(documents, True, query.device, choice=choice)
         return cheaptrain_attention(nn.Module(), query, key, value, None, **inputs)[0].transpose(1, 2)
     with sdpa_kernel([_KERNELS[name]]):
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
         )
-
-
-def _written_out(query: Tensor, key: Tensor, value: Tensor, *, documents: Tensor) -> Tensor:
-    repeat = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    allowed = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]  # [rows, 1, seq, seq]
-    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-    return scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ value
-
-
-def _forward_backward(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor], weights: Tensor
-) -> list[Tensor]:
-    """The output and the gradients of query, key and value."""
-    query, key, value = (x.detach().clone().requires_grad_() for x in inputs)
-    output = attend(query, key, value)
-    gradients = torch.autograd.grad((output * weights.to(output.dtype)).sum(), (query, key, value))
-    if output.is_cuda:
-        torch.cuda.synchronize()
-    return [output.detach(), *gradients]
 
 
 def _documents(seq: int, *, packed: bool) -> Tensor:
