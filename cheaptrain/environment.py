@@ -19,7 +19,7 @@ import cheaptrain
 
 _PACKAGES = (
     "accelerate", "datasets", "flash-attn", "liger-kernel", "lm-eval", "numpy", "peft", "safetensors", "tokenizers",
-    "torch", "transformers",
+    "torch", "torchao", "transformers", "triton",
 )  # fmt: skip
 _GIT_SECONDS = 5.0
 _CPU_NAMES = Path("/proc/cpuinfo")

@@ -95,7 +95,7 @@ FOREIGN: dict[str, tuple[str | None, str]] = {
     "datasets": ("data.sources", "one [[data.sources]] for each"),
     "dataset_prepared_path": ("data.dir", ""),
     "wandb_project": ("log.project", 'with log.trackers = ["wandb"]'),
-    "flash_attention": (None, "chosen for the device"),
+    "flash_attention": ("train.attention", "the fastest kernel is measured when a run starts; this one pins it"),
     # torchtitan
     "job.dump_folder": ("run.dir", ""),
     "dump_folder": ("run.dir", ""),

@@ -218,5 +218,7 @@ class Recipe(Section):
                 yield Clash("questions are asked in a chat template: [probe] needs [chat]", ("probe", "chat"))
         if self.lora is not None and self.model.init_from is None:
             yield Clash("[lora] adapts a model that is there: give model.init_from", ("lora", "model.init_from"))
+        if self.lora is not None and self.train.fp8:
+            yield Clash("fp8 is for training all weights, not adapters", ("train.fp8", "lora"))
         if self.lora is not None and self.train.optimizer != "adamw":
             yield Clash('adapters are trained with optimizer = "adamw"', ("train.optimizer", "lora"))

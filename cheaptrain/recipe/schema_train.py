@@ -106,6 +106,9 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled weight decay")
     muon_lr: Positive | None = Field(None, description="peak learning rate of the hidden matrices; default 0.02")
     muon_momentum: Momentum | None = Field(None, description="momentum of the hidden matrices; default 0.95")
+    z_loss: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="adds this times the squared logarithm of the softmax's denominator to each token's loss"
+    )
     grad_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0 turns clipping off")
 
     schedule: Literal["linear", "cosine", "wsd", "constant"] = Field(
@@ -118,8 +121,12 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="compute; auto: bf16 on a GPU, fp32 on a CPU. Weights stay fp32"
     )
+    fp8: bool = Field(False, description="matrix products of the layers in 8-bit floats; needs torchao and a GPU for it")
     activation_checkpointing: bool = operational(False, "recompute each layer in the backward pass to save memory")
     compile: Literal["auto", "layers", "off"] = operational("auto", "compile each decoder layer; auto: on a GPU")
+    attention: Literal["auto", "cudnn", "flash", "varlen", "flash2", "flash3", "flash4"] = operational(
+        "auto", "kernel of attention on a GPU; auto: the fastest right one, measured when a run starts"
+    )
     cpu_threads: Annotated[int, Field(ge=0)] = operational(
         0, "threads of a process on a CPU; 0: its share of the cores"
     )
@@ -136,6 +143,10 @@ class Train(Section):
 
     def clashes(self) -> Iterator[Clash]:
         yield from self._exactly_one(*LENGTHS)
+        if self.z_loss and self.objective == "distill":
+            yield Clash("z_loss goes with cross-entropy, not with a teacher's divergence", ("z_loss", "objective"))
+        if self.fp8 and self.precision == "fp32":
+            yield Clash('fp8 is for layers that compute in bf16, not with precision = "fp32"', ("fp8", "precision"))
         if self.loss_weighting == "example" and self.objective != "assistant_only":
             yield Clash(
                 'loss_weighting = "example" needs objective = "assistant_only"', ("loss_weighting", "objective")

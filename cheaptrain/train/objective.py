@@ -10,7 +10,7 @@ all of them return the same sums.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +26,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from cheaptrain.data.rows import RowBatch
-from cheaptrain.model.attention import attention_inputs
+from cheaptrain.model.attention import DEFAULT, AttentionChoice, attention_inputs
 from cheaptrain.model.context import Context
+from cheaptrain.model.packing import Padded
 from cheaptrain.model.parts import decoder, head
 from cheaptrain.train.neftune import noisy
 
@@ -44,6 +45,9 @@ class Compute:
     loss_chunk_tokens: int
     context: Context | None = None  # None: every process has its rows whole
     neftune_alpha: float = 0.0  # noise on the embeddings of a model in training; 0: none
+    z_loss: float = 0.0
+    attention: AttentionChoice = DEFAULT
+    padded: Padded = field(default_factory=Padded, compare=False)  # of the boundaries of packed rows, over the run
 
     def autocast(self) -> torch.autocast:
         """bf16 compute over fp32 weights, or nothing at all in fp32."""
@@ -68,6 +72,7 @@ class Sums(NamedTuple):
     loss: Tensor
     correct: Tensor
     taught: Taught | None = None
+    cross_entropy: Tensor | None = None  # with a z-loss: the loss without it
 
 
 Objective = Callable[[PreTrainedModel, RowBatch, Compute], Sums]
@@ -79,19 +84,25 @@ def next_token(model: PreTrainedModel, batch: RowBatch, compute: Compute) -> Sum
         hidden = hidden_states(model, batch, compute).flatten(0, 1)
         weight, labels, weights = head(model).weight, batch.labels.flatten(), flat_weights(batch)
         if isinstance(weight, DTensor):
-            loss, correct = vocab_parallel_linear_cross_entropy(
+            loss, correct, cross_entropy = vocab_parallel_linear_cross_entropy(
                 hidden,
                 weight.to_local(),
                 labels,
                 weights=weights,
                 chunk_tokens=compute.loss_chunk_tokens,
+                z_loss=compute.z_loss,
                 **_of_vocabulary(weight),
             )
         else:
-            loss, correct = linear_cross_entropy(
-                hidden, weight, labels, weights=weights, chunk_tokens=compute.loss_chunk_tokens
+            loss, correct, cross_entropy = linear_cross_entropy(
+                hidden,
+                weight,
+                labels,
+                weights=weights,
+                chunk_tokens=compute.loss_chunk_tokens,
+                z_loss=compute.z_loss,
             )
-    return Sums(loss, correct)
+    return Sums(loss, correct, cross_entropy=cross_entropy if compute.z_loss else None)
 
 
 def flat_weights(batch: RowBatch) -> Tensor | None:
@@ -123,7 +134,14 @@ def hidden_states(model: PreTrainedModel, batch: RowBatch, compute: Compute) -> 
     output = decoder(model)(
         **given,
         position_ids=batch.position_ids,
-        **attention_inputs(batch.document_ids, compute.document_mask, compute.device, context=compute.context),
+        **attention_inputs(
+            batch.document_ids,
+            compute.document_mask,
+            compute.device,
+            context=compute.context,
+            choice=compute.attention,
+            padded=compute.padded,
+        ),
     )
     # Under autocast the last norm answers in fp32; the head must not run in it.
     hidden = output.last_hidden_state.to(compute.dtype)

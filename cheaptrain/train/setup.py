@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from cheaptrain.checkpoint.jsonl import JsonLines
+from cheaptrain.checkpoint.launch_record import Note
 from cheaptrain.checkpoint.load import load_state_into
 from cheaptrain.checkpoint.rundir import OpenedRun
 from cheaptrain.data.align import Aligner
@@ -33,6 +34,7 @@ from cheaptrain.model.build import build_model
 from cheaptrain.model.config import vocabulary_growth
 from cheaptrain.model.context import Context
 from cheaptrain.model.facts import model_facts
+from cheaptrain.model.fp8 import refuse_fp8, to_fp8
 from cheaptrain.model.lora import adapters, add_adapters
 from cheaptrain.model.proof import prove_documents_isolated, prove_head
 from cheaptrain.parallel.mesh import data_rank, make_mesh
@@ -44,6 +46,7 @@ from cheaptrain.recipe.schema import Model
 from cheaptrain.say import say
 from cheaptrain.train.aligned import AlignedDistillation, TeacherOfSpans
 from cheaptrain.train.alike import refuse_other_beginnings
+from cheaptrain.train.attention import Chooser, attention_chooser
 from cheaptrain.train.cached_teacher import CachedTeacher, cache_of
 from cheaptrain.train.distillation import Distillation, distillation_loss
 from cheaptrain.train.evaluating import load_light
@@ -71,24 +74,36 @@ def set_up(
     watch: Watch,
     stop: StopRequest,
     console: Console,
+    note: Note,
+    began: float,
 ) -> Stage:
     """Put a stage together at the step it starts or goes on from, on all processes together. Raises PreflightError for
-    whatever cannot end well."""
+    whatever cannot end well. `note`: adds to the record of the launch; `began`: when work on the stage did."""
     recipe, resolved, run = survey.loaded.recipe, survey.resolved, opened.directory
     report = partial(say, console)
     mesh = make_mesh(resolved.layout, processes.device.type)
     compute = compute_of(survey, processes, mesh)
+    if recipe.train.fp8:
+        refuse_fp8(compute.device, tp=resolved.layout.tp)
     watch.beat("building the model", 0)
     if opened.checkpoint is None and (growth := vocabulary_growth(recipe.model, survey.tokenizer.size)):
         report(str(growth))
     model = _model(survey, opened, processes)
     refuse_other_beginnings(survey, model, processes)
+    loader = _loader(survey, mesh)
+    watch.beat("choosing the kernels of attention", 0)
+    choose = attention_chooser(survey, opened, processes, loader, report, note)
+    compute = replace(compute, attention=choose(model.config, "student", recipe.data.seq_len, compute.dtype))
     processes.on_main(lambda: _prove(model, survey, compute))
     asked = recipe.train.compile
     compiled = asked == "layers" or (asked == "auto" and compute.device.type == "cuda" and recipe.lora is None)
     if recipe.lora is not None:
         trained = add_adapters(model, recipe.lora, recipe.seed)
         report(f"adapters of rank {recipe.lora.rank}: {trained:,} numbers train, the model's own are as they were")
+    if recipe.train.fp8:
+        converted, left = to_fp8(model)
+        but = f"; {left} have a side that is no multiple of 16 and stay in bf16" if left else ""
+        report(f"{converted} matrices of the layers are multiplied in 8-bit floats{but}")
     root = parallelize(
         model,
         mesh,
@@ -96,7 +111,9 @@ def set_up(
         recompute=recipe.train.activation_checkpointing,
         compile_layers=compiled,
     )
-    objective = _objective(survey, model.config.vocab_size, mesh, processes, compute, watch, compile_layers=compiled)
+    objective = _objective(
+        survey, model.config.vocab_size, mesh, processes, compute, watch, choose, compile_layers=compiled
+    )
     optimizers = build_optimizers(model, recipe.train)
     scalars: dict[str, Any] = {}
     if opened.checkpoint is not None:
@@ -112,7 +129,6 @@ def set_up(
 
     watch.beat("loading the tasks of eval.light", 0)
     light = load_light(recipe, survey.tokenizer, processes)
-    loader = _loader(survey, mesh)
     token_bytes = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     token_bytes[: survey.tokenizer.size] = torch.from_numpy(survey.tokenizer.token_bytes())
 
@@ -164,6 +180,9 @@ def set_up(
         flops_per_token=_flops_per_token(survey),
         peak_flops=_peak(compute.device),
         checkpoint_bytes=checkpoint_bytes(survey.facts, recipe.train),
+        note=note,
+        began=began,
+        steps_ahead=1 if compute.device.type == "cuda" else 0,
     )
 
 
@@ -204,6 +223,7 @@ def compute_of(survey: Survey, processes: Processes, mesh: DeviceMesh) -> Comput
         loss_chunk_tokens=recipe.train.loss_chunk_tokens,
         context=Context.of(mesh["cp"].get_group()),
         neftune_alpha=recipe.train.neftune_alpha,
+        z_loss=recipe.train.z_loss,
     )
 
 
@@ -247,6 +267,7 @@ def _objective(
     processes: Processes,
     compute: Compute,
     watch: Watch,
+    choose: Chooser,
     *,
     compile_layers: bool,
 ) -> Objective:
@@ -275,6 +296,9 @@ def _objective(
         compute=compute,
         compile_layers=compile_layers and not aligned,  # its rows are of another shape in every batch
     )
+    row = survey.teacher.row(recipe.data.seq_len)
+    attention = choose(teacher.root.model.config, "teacher", row, teacher.compute.dtype)
+    teacher = replace(teacher, compute=replace(teacher.compute, attention=attention))
     if aligned:
         return AlignedDistillation(TeacherOfSpans(teacher, asked).says, loss, vocab)
     return Distillation(teacher.says, loss, vocab)
