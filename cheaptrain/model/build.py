@@ -16,6 +16,7 @@ from cheaptrain.errors import PreflightError, RecipeError
 from cheaptrain.model import attention
 from cheaptrain.model.config import checkpoint_config, locate, model_config, vocabulary_growth
 from cheaptrain.model.growth import grow
+from cheaptrain.model.rotary import use_real_rotary
 from cheaptrain.model.saving import no_progress_bars
 from cheaptrain.recipe import schema
 
@@ -44,6 +45,7 @@ def build_model(
         torch.default_generator.manual_seed(seed)
         model = _fresh(config, dtype) if spec.init_from is None else _loaded(spec, config, dtype)
     _forget_padding(model)
+    use_real_rotary(model)
     model.generation_config = _generation_config(model, spec, eot_id, bos_id, end_of_turn_id)
     return model.to(device).train()  # type: ignore[arg-type]
 

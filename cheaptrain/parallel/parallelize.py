@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from cheaptrain.model import compiled
 from cheaptrain.model.parts import decoder_layers
 from cheaptrain.parallel.root import Root
 from cheaptrain.parallel.tensor import split_tensors
@@ -33,18 +34,19 @@ def parallelize(
     """Lay `model` out over `mesh` (see mesh.py), in place, and return the module to call.
 
     `dtype` is what layers compute in (autocast does the casting; sharded weights are gathered in it). `recompute`:
-    layers keep their input only and run again in the backward pass. The model must hold the same weights on every
-    process, on the CPU or the mesh's device. A frozen teacher goes through here as well. Raises PreflightError where
-    the model cannot be split.
+    layers keep their input only and run again in the backward pass. `compile_layers`: see `model/compiled.py`; where
+    nothing of the model trains, a forward pass without gradients is compiled too. The model must hold the same weights
+    on every process, on the CPU or the mesh's device. A frozen teacher goes through here as well. Raises PreflightError
+    where the model cannot be split.
     """
     split_tensors(model, mesh["tp"])
     layers = decoder_layers(model)
-    for layer in layers:
-        # The forward itself, not the call: what hooks do around it (sharding, splitting rows) stays outside of both.
-        # And recomputing goes around the compiled layer: inside, it cannot handle split tensors.
-        if compile_layers:
-            layer.forward = torch.compile(layer.forward)
-        if recompute:
+    # The forward itself, not the call: what hooks do around it (sharding, splitting rows) stays outside of both.
+    # And recomputing goes around the compiled layer: inside, it cannot handle split tensors.
+    if compile_layers:
+        compiled.compile_layers(layers, frozen=not any(p.requires_grad for p in model.parameters()))
+    if recompute:
+        for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     root = Root(model)
     if mesh.size() == 1:

@@ -37,14 +37,13 @@ def write_samples(
     was_training = root.training
     root.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):  # rows of another length would compile every layer again
-            for number, prompt in enumerate(samples.prompts):
-                if interrupted():
-                    break
-                ids = tokenizer(prompt)["input_ids"]
-                draw = torch.Generator().manual_seed(seed + number)
-                new = _continue(root, ids, samples, compute, processes, draw)
-                written.append({"prompt": prompt, "text": str(tokenizer.decode(new, skip_special_tokens=True))})
+        for number, prompt in enumerate(samples.prompts):
+            if interrupted():
+                break
+            ids = tokenizer(prompt)["input_ids"]
+            draw = torch.Generator().manual_seed(seed + number)
+            new = _continue(root, ids, samples, compute, processes, draw)
+            written.append({"prompt": prompt, "text": str(tokenizer.decode(new, skip_special_tokens=True))})
     finally:
         root.train(was_training)
         forget_gathered(root)

@@ -95,8 +95,7 @@ def live_logits(root: Root, ids: Tensor, compute: Compute, processes: Processes)
     was_training = root.training
     root.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):  # rows of another length would compile every layer again
-            logits: Tensor = root(row_logits, ids, compute)
+        logits: Tensor = root(row_logits, ids, compute)
     finally:
         root.train(was_training)
         forget_gathered(root)

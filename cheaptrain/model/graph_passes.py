@@ -1,0 +1,141 @@
+"""Linear layers that read the same input become one: queries, keys and values; gate and up.
+
+One wide product uses a GPU better than two or three narrow ones, and in the backward pass the gradients of the input
+need no adding up. The weights stay separate parameters and are laid end to end in the compiled layer, by the kernel
+that casts them to the compute dtype anyway. This works on the graph that torch.compile hands to its backend, before
+there is a backward pass, so that one follows by itself; and for every model class, because nothing is looked for but
+products of the same tensor. (Inductor's own `batch_linear_lhs` does this for inputs of two dimensions only.)
+
+The trap it avoids: the pieces of a wide product are no longer contiguous, so a `view` of them may be impossible. Each
+`view` becomes a `reshape`, which is the same where a view can be had; and a graph that writes into its tensors, where
+a copy would be another thing than a view, is left alone.
+"""
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_LINEAR = (functional.linear, torch._C._nn.linear)  # type: ignore[attr-defined]
+
+
+def merge_linears(module: fx.GraphModule) -> int:
+    """Merge in place the linear layers of a graph that share their input; returns how many products that saves.
+
+    Left as they are: weights or biases that are not plain tensors given to the graph (sharded ones, say), of different
+    dtype or differing in whether they are trained, and graphs that change a tensor or their modes on the way.
+    """
+    graph = module.graph
+    if any(_changes_something(node) for node in graph.nodes):
+        return 0
+    groups: dict[Any, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        key = _group(node)
+        if key is not None:
+            groups[key].append(node)
+    merged = [nodes for nodes in groups.values() if len(nodes) > 1]
+    if not merged:
+        return 0
+    for nodes in merged:
+        _merge(graph, nodes)
+    for node in list(graph.find_nodes(op="call_method", target="view")):
+        if not isinstance(_argument(node, 1, "dtype"), torch.dtype):
+            node.target = "reshape"
+            node.kwargs = {"shape" if name == "size" else name: value for name, value in node.kwargs.items()}
+    graph.lint()
+    module.recompile()
+    return sum(len(nodes) - 1 for nodes in merged)
+
+
+def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    weights = [_argument(node, 1, "weight") for node in nodes]
+    biases = [_argument(node, 2, "bias") for node in nodes]
+    sizes = [weight.meta["example_value"].shape[0] for weight in weights]
+    with graph.inserting_before(nodes[0]):
+        # In the dtype that autocast casts to: laid end to end in fp32, the weights would be copied once more.
+        dtype = nodes[0].meta["example_value"].dtype
+        wide = _call(graph, torch.cat, [_cast(graph, weight, dtype) for weight in weights])  # [sum of sizes, in]
+        bias = None if biases[0] is None else _call(graph, torch.cat, [_cast(graph, each, dtype) for each in biases])
+        product = _call(graph, functional.linear, _argument(nodes[0], 0, "input"), wide, bias)
+        pieces = _call(graph, torch.split, product, sizes, -1)
+        for number, node in enumerate(nodes):
+            node.replace_all_uses_with(_call(graph, operator.getitem, pieces, number))
+    for node in nodes:
+        graph.erase_node(node)
+
+
+def _call(graph: fx.Graph, function: Callable[..., Any], *arguments: Any) -> fx.Node:
+    """A node with the example value that Dynamo gives each: without it the compiled graph is not kept on disk."""
+    node = graph.call_function(function, arguments)
+    node.meta["example_value"] = function(*fx.node.map_arg(arguments, lambda given: given.meta["example_value"]))
+    return node
+
+
+def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    value = node.meta["example_value"]
+    if value.dtype == dtype:
+        return node
+    cast = graph.call_method("to", (node, dtype))
+    cast.meta["example_value"] = value.to(dtype)
+    return cast
+
+
+def _group(node: fx.Node) -> tuple[Any, ...] | None:
+    """What linear layers must have in common to be merged; None for a node that is not one, or not one to merge."""
+    if node.op != "call_function" or node.target not in _LINEAR:
+        return None
+    given, weight, bias = (_argument(node, place, name) for place, name in enumerate(("input", "weight", "bias")))
+    if not _plain(weight, 2) or (bias is not None and not _plain(bias, 1)):
+        return None
+    value = weight.meta["example_value"]
+    of_bias = None if bias is None else bias.meta["example_value"].dtype
+    return given, value.dtype, value.device, value.shape[1], value.requires_grad, of_bias
+
+
+def _plain(node: Any, dimensions: int) -> bool:
+    """Whether this is a plain tensor of fixed size that the graph is given."""
+    if not isinstance(node, fx.Node) or node.op not in ("placeholder", "get_attr"):
+        return False
+    value = node.meta.get("example_value")
+    return (
+        isinstance(value, Tensor)
+        and not is_traceable_wrapper_subclass(value)
+        and value.dim() == dimensions
+        and isinstance(value.shape[0], int)
+    )
+
+
+def _argument(node: fx.Node, place: int, name: str) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
+
+
+_MODES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
+_IN_PLACE = (
+    "setitem",
+    "iadd",
+    "isub",
+    "imul",
+    "imatmul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+)
+
+
+def _changes_something(node: fx.Node) -> bool:
+    if node.op not in ("call_method", "call_function"):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    asked = node.kwargs.get("out") is not None or bool(node.kwargs.get("inplace"))
+    return asked or name in _MODES or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
