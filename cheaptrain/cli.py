@@ -313,6 +313,26 @@ def doctor(
 
 
 @app.command()
+def bench(
+    works: Annotated[str | None, typer.Option(metavar="A,B", help="these works only; --list names them")] = None,
+    variants: Annotated[str | None, typer.Option(metavar='"A;B"', help="these variants only")] = None,
+    minutes: Annotated[float, typer.Option(min=0.0, help="begin nothing that would not be done by then")] = 8.5,
+    rounds: Annotated[int, typer.Option(min=1, help="samples of each to add, as far as the time goes")] = 3,
+    threads: Annotated[int, typer.Option(min=0, help="of a process on a CPU; 0: torch's own choice")] = 0,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="keep the samples in DIR/<machine>/")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="name works and variants, measure nothing")] = False,
+    profile: Annotated[
+        str | None, typer.Option(metavar="WORK[:VARIANT]", help="show where a step goes instead")
+    ] = None,
+) -> None:
+    """Measure throughput on this machine, beside what people would otherwise use."""
+    from cheaptrain.bench.command import Options
+    from cheaptrain.bench.command import bench as measure
+
+    measure(Options(works, variants, minutes, rounds, threads, output, show_list, profile), _console())
+
+
+@app.command()
 def schema(out: Annotated[Path | None, typer.Option(help="file to write to; default: print")] = None) -> None:
     """Write the JSON schema of recipes, for completion and checks in an editor."""
     from cheaptrain.recipe.schema_json import json_schema

@@ -1,0 +1,1 @@
+"""Throughput, measured beside what people would otherwise use: `cheaptrain bench`."""
