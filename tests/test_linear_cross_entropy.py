@@ -21,7 +21,7 @@ def test_chunked_loss_gives_the_gradients_of_the_plain_loss(tokens: int, chunk: 
     for function, options in ((linear_cross_entropy, {"chunk_tokens": chunk}), (linear_cross_entropy_reference, {})):
         states, weight, labels = _case(tokens, 12, 37, ignored)
         states, weight = states.float().requires_grad_(), weight.float().requires_grad_()
-        loss, correct = function(states, weight, labels, **options)
+        loss, correct, _ = function(states, weight, labels, **options)
         (loss / 3).backward()
         results.append((loss.item(), correct.item(), states.grad, weight.grad))
     ours, plain = results
@@ -35,7 +35,7 @@ def test_unsupervised_rows_get_no_gradient_and_no_nan() -> None:
     states, weight, labels = _case(9, 8, 20, 0.0)
     labels[3:6] = -100
     states = states.float().requires_grad_()
-    loss, _ = linear_cross_entropy(states, weight.float(), labels, chunk_tokens=4)
+    loss, *_ = linear_cross_entropy(states, weight.float(), labels, chunk_tokens=4)
     loss.backward()
     assert states.grad is not None
     assert states.grad[3:6].abs().max().item() == 0.0
@@ -44,16 +44,16 @@ def test_unsupervised_rows_get_no_gradient_and_no_nan() -> None:
 
 def test_a_batch_without_supervised_tokens_is_zero_not_nan() -> None:
     states, weight, labels = _case(5, 8, 20, 1.0)
-    loss, correct = linear_cross_entropy(states.float(), weight.float(), labels)
+    loss, correct, _ = linear_cross_entropy(states.float(), weight.float(), labels)
     assert (loss.item(), correct.item()) == (0.0, 0)
 
 
 def test_bf16_states_keep_an_fp32_loss_and_an_fp32_head_gradient() -> None:
     states, weight, labels = _case(33, 16, 50, 0.2)
     weight32 = weight.float().requires_grad_()
-    loss, _ = linear_cross_entropy(states.bfloat16(), weight32, labels, chunk_tokens=8)
+    loss, *_ = linear_cross_entropy(states.bfloat16(), weight32, labels, chunk_tokens=8)
     loss.backward()
-    plain, _ = linear_cross_entropy_reference(states.bfloat16().float(), weight.bfloat16().float(), labels)
+    plain, *_ = linear_cross_entropy_reference(states.bfloat16().float(), weight.bfloat16().float(), labels)
     assert loss.dtype == torch.float32 and weight32.grad is not None and weight32.grad.dtype == torch.float32
     assert loss.item() == pytest.approx(plain.item(), rel=2e-2)
 
@@ -62,10 +62,10 @@ def test_bf16_gradients_are_not_all_off_by_the_rounding_of_one_over_the_tokens()
     """1/32668 in bf16 is 0.3 % too small: every layer below the head would learn at a rate other than the head's."""
     states, weight, labels = _case(256, 64, 50, 0.0)
     scaled = states.bfloat16().requires_grad_()
-    loss, _ = linear_cross_entropy(scaled, weight.bfloat16(), labels, chunk_tokens=24)
+    loss, *_ = linear_cross_entropy(scaled, weight.bfloat16(), labels, chunk_tokens=24)
     (loss / 32_668).backward()
     plain = states.bfloat16().requires_grad_()
-    loss, _ = linear_cross_entropy(plain, weight.bfloat16(), labels, chunk_tokens=24)
+    loss, *_ = linear_cross_entropy(plain, weight.bfloat16(), labels, chunk_tokens=24)
     loss.backward()
     assert scaled.grad is not None and plain.grad is not None
     expected = plain.grad.double() / 32_668

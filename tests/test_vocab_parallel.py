@@ -45,13 +45,13 @@ def _both(case: tuple[Tensor, Tensor, Tensor], group: ProcessGroup, chunk: int, 
     states, weight, labels = case
     rank, size = group.rank(), group.size()
     hidden, own = states.clone().requires_grad_(), _own(weight, rank, size).requires_grad_()
-    loss, correct = vocab_parallel_linear_cross_entropy(
+    loss, correct, _ = vocab_parallel_linear_cross_entropy(
         hidden, own, labels, vocab=len(weight), group=group, chunk_tokens=chunk
     )
     (loss / divisor).backward()
     dist.all_reduce(hidden.grad, group=group)
     whole_hidden, whole = states.clone().requires_grad_(), weight.clone().requires_grad_()
-    plain, plain_correct = linear_cross_entropy(whole_hidden, whole, labels, chunk_tokens=chunk)
+    plain, plain_correct, _ = linear_cross_entropy(whole_hidden, whole, labels, chunk_tokens=chunk)
     (plain / divisor).backward()
     assert whole.grad is not None
     return (
@@ -144,11 +144,11 @@ def _ties(rank: int, size: int) -> list[int]:
         states = torch.ones(vocab, 4)
         assert (states @ weight.T).argmax(-1).unique().tolist() == [min(tied)]
         for label in range(vocab):
-            _, correct = vocab_parallel_linear_cross_entropy(
+            _, correct, _ = vocab_parallel_linear_cross_entropy(
                 states[:1], _own(weight, rank, size), labels[label : label + 1], vocab=vocab, group=group
             )
             assert correct.item() == int(label == min(tied)), (tied, label)
-        _, correct = vocab_parallel_linear_cross_entropy(
+        _, correct, _ = vocab_parallel_linear_cross_entropy(
             states, _own(weight, rank, size), labels, vocab=vocab, group=group, chunk_tokens=5
         )
         found.append(correct.item())
@@ -177,12 +177,12 @@ def _in_bf16(rank: int, size: int) -> None:
     group = _group(rank, size)
     own32 = _own(weight, rank, size).requires_grad_()
     hidden = states.bfloat16().requires_grad_()
-    loss, correct = vocab_parallel_linear_cross_entropy(hidden, own32, labels, vocab=50, group=group, chunk_tokens=24)
+    loss, correct, _ = vocab_parallel_linear_cross_entropy(hidden, own32, labels, vocab=50, group=group, chunk_tokens=24)
     (loss / 32_668).backward()
     assert hidden.grad is not None and own32.grad is not None
     assert loss.dtype == torch.float32 and own32.grad.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16
     whole32, whole_hidden = weight.clone().requires_grad_(), states.bfloat16().requires_grad_()
-    plain, plain_correct = linear_cross_entropy(whole_hidden, whole32, labels, chunk_tokens=24)
+    plain, plain_correct, _ = linear_cross_entropy(whole_hidden, whole32, labels, chunk_tokens=24)
     (plain / 32_668).backward()
     assert whole32.grad is not None and whole_hidden.grad is not None
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
@@ -219,7 +219,7 @@ def _along_a_direction(rank: int, size: int) -> tuple[float, float]:
         return losses.double().sum().item()
 
     hidden, own = states.requires_grad_(), _own(weight, rank, size).requires_grad_()
-    loss, _ = vocab_parallel_linear_cross_entropy(hidden, own, labels, vocab=23, group=group, chunk_tokens=4)
+    loss, *_ = vocab_parallel_linear_cross_entropy(hidden, own, labels, vocab=23, group=group, chunk_tokens=4)
     loss.backward()
     assert hidden.grad is not None and own.grad is not None
     slope = (hidden.grad * along_states).sum() + (own.grad * _own(along_weight, rank, size)).sum()
@@ -240,7 +240,7 @@ def _one_at_a_time(rank: int, size: int) -> list[bool]:
     vocab_parallel_linear_cross_entropy(frozen_head, own, labels, vocab=10, group=group)[0].backward()
     vocab_parallel_linear_cross_entropy(states, frozen_states, labels, vocab=10, group=group)[0].backward()
     with torch.no_grad():
-        loss, _ = vocab_parallel_linear_cross_entropy(frozen_head, own, labels, vocab=10, group=group)
+        loss, *_ = vocab_parallel_linear_cross_entropy(frozen_head, own, labels, vocab=10, group=group)
     (_, _, hidden, grown), _ = _both((states, weight, labels), group, 3, divisor=1.0)
     assert frozen_head.grad is not None and frozen_states.grad is not None
     dist.all_reduce(frozen_head.grad, group=group)
@@ -296,7 +296,7 @@ def _planned(rank: int, size: int) -> tuple[list[int], list[int], int]:
         hidden = torch.empty(100, 64, dtype=torch.bfloat16, requires_grad=True)
         own = torch.empty(len(vocab_rows(1000, 8, 5)), 64, requires_grad=True)
         labels = torch.zeros(100, dtype=torch.int64)
-        loss, correct = vocab_parallel_linear_cross_entropy(
+        loss, correct, _ = vocab_parallel_linear_cross_entropy(
             hidden, own, labels, vocab=1000, group=group, chunk_tokens=32
         )
         (loss / 100).backward()

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from cheaptrain_kernels import Backend, use_backend
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
@@ -48,7 +49,7 @@ _FEW = 3  # layers of a kind that a short stack has at least: a first, a last, a
 @dataclass(frozen=True)
 class Setting:
     """What decides the memory of a process besides the model. `accumulates`: a step has several micro-batches;
-    `masked`: documents are kept apart by a mask, as on a CPU."""
+    `masked`: documents are kept apart by a mask, as on a CPU; `backend`: of the loss."""
 
     layout: Layout
     seq_len: int
@@ -60,6 +61,7 @@ class Setting:
     loss_chunk_tokens: int
     lesson: Lesson | None = None
     lora: Lora | None = None
+    backend: Backend = "torch"
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ def _run(config: PreTrainedConfig, setting: Setting, mesh: DeviceMesh, unlike: i
     context = None if alone else Context.of(mesh["cp"].get_group())
     compute = Compute(torch.device("cpu"), dtype, setting.masked, setting.loss_chunk_tokens, context)
     # Meshes are cut with real index tensors, on the CPU, while fake tensors are about.
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with use_backend(setting.backend), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         root.to_empty(device="cpu")
         if tied:
             head.weight = embedding.weight

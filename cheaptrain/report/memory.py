@@ -10,6 +10,7 @@ import torch
 from cheaptrain_kernels import distilled_at_once
 from transformers import PreTrainedConfig
 
+from cheaptrain.parallel.matrices import STACK_BYTES
 from cheaptrain.recipe.resolve import ModelFacts
 from cheaptrain.recipe.schema import Checkpoint, Train
 from cheaptrain.report.lesson import Lesson
@@ -29,7 +30,7 @@ from cheaptrain.units import human
 
 OPTIMIZER = "optimizer"
 _ORDER = (WEIGHTS, OPTIMIZER, GRADIENTS, TEACHER, GATHERED, COPIES, ACTIVATIONS, LOSS, MESSAGES)
-_ORTHOGONALISING = 12  # bytes for each number of the largest matrix: see train/muon.py
+_ORTHOGONALISING = 12  # bytes for each number of the matrices that Muon has at hand at once: see train/muon.py
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,10 @@ def host_memory(
 
 
 def _stepping(measured: Measured, train: Train) -> Moment:
-    """The optimizer's step: all gradients are there, and Muon has a matrix at hand."""
-    at_hand = _ORTHOGONALISING * measured.held.largest_matrix if train.optimizer == "muon" else 0
+    """The optimizer's step: all gradients are there, and Muon has a stack of matrices at hand."""
+    held = measured.held
+    stacked = max(held.largest_matrix, min(STACK_BYTES // 2, held.hidden))  # numbers; a stack is in bf16
+    at_hand = _ORTHOGONALISING * stacked if train.optimizer == "muon" else 0
     weights = max(moment.parts.get(WEIGHTS, 0) for moment in measured.moments)
     taught = {TEACHER: measured.teacher} if measured.teacher else {}
     return Moment("step", {WEIGHTS: weights, GRADIENTS: 4 * measured.held.trained, OPTIMIZER: at_hand, **taught})
@@ -147,7 +150,7 @@ def _explained(
     layers = "inputs of the layers, one layer again" if setting.recompute else "all layers"
     lesson = setting.lesson
     if lesson is not None:
-        chunk = distilled_at_once(lesson.vocab // setting.layout.tp, chunk)
+        chunk = distilled_at_once(lesson.vocab // setting.layout.tp, chunk, setting.backend)
     both = "both " if lesson is not None and lesson.facts is not None and not lesson.aligned else ""
     return {
         WEIGHTS: f"fp32, {share}",

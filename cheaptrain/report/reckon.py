@@ -183,6 +183,7 @@ def _find(
         loss_chunk_tokens=recipe.train.loss_chunk_tokens,
         lesson=lesson,
         lora=recipe.lora,
+        backend="triton" if device.is_gpu else "torch",
     )
     wanted = Wanted(
         usable=device.usable_bytes(outlook.world_size),

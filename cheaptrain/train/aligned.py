@@ -12,6 +12,7 @@ import numpy as np
 from cheaptrain_kernels import (
     DistillationLoss,
     SpanWord,
+    backend_for,
     distilled_at_once,
     linear_span_distillation,
     sum_of_spans,
@@ -75,7 +76,8 @@ class TeacherOfSpans:
             supervised=len(aligned.teacher_positions),
         )
         read = self.teacher.says(rows)
-        chunk = distilled_at_once(self.vocab, self.teacher.compute.loss_chunk_tokens)
+        backend = backend_for(read.hidden.device)
+        chunk = distilled_at_once(self.vocab, self.teacher.compute.loss_chunk_tokens, backend)
         losses = token_losses(read.hidden, read.weight[: self.vocab], aligned.targets.flatten(), chunk_tokens=chunk)
         log_p = sum_of_spans(-losses, aligned.teacher_positions, aligned.teacher_lengths)
         return SpanWord(aligned.student_positions, aligned.student_lengths, log_p)

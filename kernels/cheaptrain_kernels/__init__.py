@@ -1,11 +1,19 @@
-"""Fused operations, each beside its plain PyTorch reference."""
+"""Fused operations, each beside its plain PyTorch reference.
 
-from cheaptrain_kernels.divergence import DistillationLoss, TopK
-from cheaptrain_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, token_losses
+Those for layers (`rms_norm`, `swiglu`, `rope`) are modules of their own: training does not use them, see there.
+"""
+
+from cheaptrain_kernels.backend import Backend, backend_for, use_backend
+from cheaptrain_kernels.columns import Spread
+from cheaptrain_kernels.divergence import DistillationLoss, TeacherHead, TopK
+from cheaptrain_kernels.linear_cross_entropy import (
+    CrossEntropySums,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    token_losses,
+)
 from cheaptrain_kernels.linear_distillation import (
     DistillationSums,
-    Spread,
-    TeacherHead,
     distilled_at_once,
     linear_distillation,
     linear_distillation_reference,
@@ -25,6 +33,8 @@ from cheaptrain_kernels.vocab_parallel import (
 )
 
 __all__ = [
+    "Backend",
+    "CrossEntropySums",
     "DistillationLoss",
     "DistillationSums",
     "SpanSums",
@@ -32,6 +42,7 @@ __all__ = [
     "Spread",
     "TeacherHead",
     "TopK",
+    "backend_for",
     "distilled_at_once",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
@@ -42,6 +53,7 @@ __all__ = [
     "sum_of_spans",
     "teacher_top_k",
     "token_losses",
+    "use_backend",
     "vocab_parallel_linear_cross_entropy",
     "vocab_parallel_token_losses",
     "vocab_rows",

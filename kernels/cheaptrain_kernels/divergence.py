@@ -39,6 +39,18 @@ class DistillationLoss:
             raise ValueError(f"beta lies between 0 and 1, alpha in [0, 1], temperature above 0; got {self}")
 
 
+class TeacherHead(NamedTuple):
+    """A teacher at hand: logits are `hidden @ weight.T`. With `top_k` only so many are learnt, and the rest as one."""
+
+    hidden: Tensor  # [tokens, hidden of the teacher], in its compute dtype
+    weight: Tensor  # [rows of its head here, hidden of the teacher]
+    top_k: int | None = None
+
+    def rows(self, rows: slice) -> "TeacherHead":
+        """The same of some positions."""
+        return self._replace(hidden=self.hidden[rows])
+
+
 class TopK(NamedTuple):
     """What a teacher says of each position, cut to its k likeliest tokens and one outcome for all others."""
 
@@ -49,6 +61,16 @@ class TopK(NamedTuple):
     def rows(self, rows: slice) -> "TopK":
         """The same of some positions."""
         return TopK(self.ids[rows], self.log_probabilities[rows], self.log_rest[rows])
+
+
+class Word(NamedTuple):
+    """What student and teacher say of a chunk of tokens, row by row; `[chunk]` each."""
+
+    divergence: Tensor  # fp32, without the temperature squared
+    cross_entropy: Tensor  # fp32, of the student at T = 1; anything where nothing is supervised
+    likeliest: Tensor  # int64, the student's likeliest token, of equal ones the lowest id
+    taught: Tensor  # int64, the teacher's
+    gradient: Tensor | None  # [chunk, columns], of the sum of losses over the student's logits, in the compute dtype
 
 
 def keep_top_k(log_p: Tensor, k: int) -> TopK:

@@ -2,42 +2,38 @@
 
 The logits of student and teacher for 32,768 tokens of a vocabulary of 128,256 are 16.8 GB each in fp32, and autograd
 keeps several copies. Here they are made for one chunk, turned into the gradient of the student's logits in place,
-multiplied into the gradients of hidden states and head, and dropped, as in `linear_cross_entropy`. At most four
-`[chunk, vocab]` fp32 tensors are alive, and a chunk has as many tokens as keep one of them below 256 MiB
-(`distilled_at_once`), so the peak is the same for a vocabulary of 32,000 and of 256,000. With a top-k teacher out of a
-cache there are two of them, and none of the teacher's.
+multiplied into the gradients of hidden states and head, and dropped, as in `linear_cross_entropy`. A chunk has as many
+tokens as keep the logits of a model below a bound (`distilled_at_once`), so the peak is the same for a vocabulary of
+32,000 and of 256,000. By torch that is 256 MiB of fp32, four times at most; with a top-k teacher out of a cache there
+are two of them, and none of the teacher's. By Triton it is one tensor a model, in the compute dtype: 1 GiB in bf16,
+because matrix products of 512 tokens do not fill a GPU.
 
 Vocabularies are padded, each model's to another size; the probabilities a model gives to rows that are no token are
 noise. Only the first `vocab` rows of either head take part.
 
-The heads' rows may be spread over the processes of a group (`Spread`): what a row of logits needs from all of them is
-a handful of numbers, which travel; logits never do. As in `vocab_parallel.py` every process then gets its own PARTIAL
-gradient of the hidden states, to be summed by the caller, and the whole gradient of its own rows of the head.
+The heads' rows may be spread over the processes of a group (`Spread`). As in `vocab_parallel.py` every process then
+gets its own PARTIAL gradient of the hidden states, to be summed by the caller, and the whole gradient of its own rows
+of the head.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from cheaptrain_kernels.divergence import LEAST, DistillationLoss, TopK, compare, keep_top_k, log_of_rest
-from cheaptrain_kernels.linear_cross_entropy import IGNORED, add_chunk, check_weights, scaled_gradients
+from cheaptrain_kernels.backend import Backend, backend_for
+from cheaptrain_kernels.columns import Columns, Spread
+from cheaptrain_kernels.distillation_torch import top_k_by_torch, word_by_torch
+from cheaptrain_kernels.distillation_triton import top_k_by_triton, word_by_triton
+from cheaptrain_kernels.divergence import DistillationLoss, TeacherHead, TopK
+from cheaptrain_kernels.linear_cross_entropy import IGNORED, check_labels, check_weights
+from cheaptrain_kernels.products import add_chunk, compute_head, scaled_gradients
 from cheaptrain_kernels.vocab_parallel import vocab_rows
 
-LOGITS_AT_ONCE = 2**26  # of one model: 256 MiB in fp32
-
-
-class TeacherHead(NamedTuple):
-    """A teacher at hand: logits are `hidden @ weight.T`. With `top_k` only so many are learnt, and the rest as one."""
-
-    hidden: Tensor  # [tokens, hidden of the teacher], in its compute dtype
-    weight: Tensor  # [rows of its head here, hidden of the teacher]
-    top_k: int | None = None
+LOGITS_AT_ONCE: dict[Backend, int] = {"torch": 2**26, "triton": 2**29}  # of one model: numbers
+_WHOLE_TILES = 256  # tokens: what a large chunk is a multiple of, for the matrix products
 
 
 class DistillationSums(NamedTuple):
@@ -48,14 +44,6 @@ class DistillationSums(NamedTuple):
     cross_entropy: Tensor  # fp32, of the student at T = 1, in nats
     correct: Tensor  # int64: the student's likeliest token is the label
     agreed: Tensor  # int64: it is the teacher's
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Heads whose rows are spread over a group, as `vocab_rows` says; `rows`: of a whole head, the same of both."""
-
-    group: ProcessGroup
-    rows: int
 
 
 def linear_distillation(
@@ -88,7 +76,7 @@ def linear_distillation(
     _check(hidden, weight, teacher, labels, vocab, spread)
     check_weights(weights, labels)
     results = _LinearDistillation.apply(
-        hidden, weight, teacher, labels, weights, loss, _Columns(vocab, weight.shape[0], spread), chunk_tokens
+        hidden, weight, teacher, labels, weights, loss, Columns(vocab, weight.shape[0], spread), chunk_tokens
     )
     return DistillationSums(*results)
 
@@ -98,18 +86,22 @@ def teacher_top_k(
     hidden: Tensor, weight: Tensor, k: int, *, temperature: float, vocab: int, chunk_tokens: int = 8192
 ) -> TopK:
     """What `linear_distillation` makes of `TeacherHead(hidden, weight, k)`, to be kept: by the same operations."""
-    columns = _Columns(vocab, weight.shape[0], None)
-    head = weight[: columns.count].to(hidden.dtype)
+    columns, backend = Columns(vocab, weight.shape[0], None), backend_for(hidden.device)
+    head = compute_head(weight, vocab, hidden.dtype, backend, spare=True)
+    top_k = top_k_by_triton if backend == "triton" else top_k_by_torch
     parts = [
-        keep_top_k(_log_softmax(states, head, temperature, columns).log, k)
-        for states in hidden.split(distilled_at_once(vocab, chunk_tokens))
+        top_k(states, head, k, temperature, columns)
+        for states in hidden.split(distilled_at_once(vocab, chunk_tokens, backend))
     ]
     return TopK(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def distilled_at_once(columns: int, chunk_tokens: int) -> int:
+def distilled_at_once(columns: int, chunk_tokens: int, backend: Backend = "torch") -> int:
     """Tokens of a chunk with so many `columns` of logits here: as many as `LOGITS_AT_ONCE` allows."""
-    return min(chunk_tokens, max(1, LOGITS_AT_ONCE // max(1, columns)))
+    most = max(1, LOGITS_AT_ONCE[backend] // max(1, columns))
+    if backend == "triton" and most > _WHOLE_TILES:
+        most -= most % _WHOLE_TILES
+    return min(chunk_tokens, most)
 
 
 def linear_distillation_reference(
@@ -177,13 +169,18 @@ class _LinearDistillation(torch.autograd.Function):
         labels: Tensor,
         weights: Tensor | None,
         loss: DistillationLoss,
-        columns: "_Columns",
+        columns: Columns,
         chunk_tokens: int,
     ) -> tuple[Tensor, ...]:
+        labels = labels.contiguous()
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        chunk_tokens = distilled_at_once(columns.most, chunk_tokens)
-        head = weight[: columns.count].to(hidden.dtype)
-        said = teacher.weight[: columns.count].to(teacher.hidden.dtype) if isinstance(teacher, TeacherHead) else None
+        wanted, backend = want_hidden or want_weight, backend_for(hidden.device)
+        word = word_by_triton if backend == "triton" else word_by_torch
+        chunk_tokens = distilled_at_once(columns.most, chunk_tokens, backend)
+        head = compute_head(weight, columns.count, hidden.dtype, backend)
+        if isinstance(teacher, TeacherHead):
+            other = compute_head(teacher.weight, columns.count, teacher.hidden.dtype, backend, spare=True)
+            teacher = teacher._replace(weight=other)
         divergence, cross_entropy = torch.zeros(2, dtype=torch.float32, device=hidden.device).unbind()
         correct, agreed = torch.zeros(2, dtype=torch.int64, device=hidden.device).unbind()
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
@@ -194,31 +191,20 @@ class _LinearDistillation(torch.autograd.Function):
             states, target = hidden[rows], labels[rows]
             supervised = target != IGNORED
             factor = supervised.float() if weights is None else supervised * weights[rows]  # [chunk]
-            student = _log_softmax(states, head, loss.temperature, columns)
-            taught = _teach(teacher, rows, said, student.log, loss, columns)
-            cross_entropy += ((student.log_total - columns.logits_of(target, student, loss)) * factor).sum()
-            divergence += (taught.divergence * factor).sum() * loss.temperature**2
-            correct += ((student.likeliest == target) & supervised).sum()
-            agreed += ((student.likeliest == taught.likeliest) & supervised).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            plain = None
-            if loss.alpha < 1:  # softmax at T = 1, less the label
-                plain = student.log.add(student.log_scaled[:, None]).mul_(loss.temperature)
-                plain = plain.sub_(student.log_total[:, None]).exp_()
-                columns.less_one_at(target, plain)
-            gradient = taught.pull(student.log).mul_((factor * (loss.alpha * loss.temperature)).unsqueeze(1))
-            if plain is not None:
-                gradient.add_(plain.mul_((factor * (1 - loss.alpha)).unsqueeze(1)))
-            gradient = gradient.to(hidden.dtype)
-            add_chunk(
-                gradient,
-                states,
-                head,
-                None if grad_hidden is None else grad_hidden[rows],
-                None if grad_weight is None else grad_weight[: columns.count],
-            )
-            del student, taught, plain, gradient  # or they would still be there when the next chunk's logits are made
+            said = word(states, head, teacher.rows(rows), target, factor, loss, columns, wanted)
+            cross_entropy += (said.cross_entropy * factor).sum()
+            divergence += (said.divergence * factor).sum() * loss.temperature**2
+            correct += ((said.likeliest == target) & supervised).sum()
+            agreed += ((said.likeliest == said.taught) & supervised).sum()
+            if said.gradient is not None:
+                add_chunk(
+                    said.gradient,
+                    states,
+                    head,
+                    None if grad_hidden is None else grad_hidden[rows],
+                    None if grad_weight is None else grad_weight[: columns.count],
+                )
+            del said  # or its gradient would still be there when the next chunk's logits are made
         ctx.gradients, ctx.chunk_tokens = (grad_hidden, grad_weight), chunk_tokens
         total = loss.alpha * divergence + (1 - loss.alpha) * cross_entropy
         ctx.mark_non_differentiable(divergence, cross_entropy, correct, agreed)
@@ -229,139 +215,6 @@ class _LinearDistillation(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = scaled_gradients(ctx, grad_loss)
         return grad_hidden, grad_weight, None, None, None, None, None, None
-
-
-class _LogSoftmax(NamedTuple):
-    """Of logits z, less their row's largest: `log` = z / T - `log_scaled`, the columns here; `log_scaled` and
-    `log_total` are the logarithms of the sums of exp(z / T) and exp(z); `likeliest`: the id of the largest."""
-
-    log: Tensor  # [chunk, columns]
-    log_scaled: Tensor  # [chunk]
-    log_total: Tensor  # [chunk]
-    likeliest: Tensor  # [chunk]
-
-
-def _log_softmax(states: Tensor, head: Tensor, temperature: float, columns: "_Columns") -> _LogSoftmax:
-    logits = functional.linear(states, head).float()  # [chunk, columns]
-    likeliest = columns.less_largest(logits)
-    total = logits.exp().sum(-1)
-    if temperature == 1:
-        log_total = log_scaled = columns.sum(total).log()
-    else:
-        scaled = logits.div_(temperature).exp().sum(-1)
-        log_total, log_scaled = columns.sum(torch.stack([total, scaled])).log().unbind()
-    return _LogSoftmax(logits.sub_(log_scaled[:, None]), log_scaled, log_total, likeliest)
-
-
-class _Taught(NamedTuple):
-    """What a teacher says of a chunk. `h` of each token; or of the `kept` ones and, last, of all others."""
-
-    divergence: Tensor  # [chunk]
-    likeliest: Tensor  # [chunk]
-    h: Tensor  # [chunk, columns], or [chunk, k + 1]
-    total: Tensor  # [chunk]; the sum of h over all outcomes
-    kept: Tensor | None = None  # [chunk, k] ids
-    log_q: Tensor | None = None  # [chunk, k + 1], the student's
-
-    def pull(self, log_q: Tensor) -> Tensor:
-        """The gradient of the divergence over the student's logits / T, `[chunk, columns]`, in the place of
-        `log_q`."""
-        if self.kept is None or self.log_q is None:
-            return log_q.exp_().mul_(-self.total[:, None]).add_(self.h)
-        # A token among the others moves their sum: by its share of it.
-        q = self.log_q.exp()
-        pulled = log_q.exp_().mul_((self.h[:, -1] / q[:, -1] - self.total)[:, None])
-        return pulled.scatter_(1, self.kept, (self.h - q * self.total[:, None])[:, :-1])
-
-
-def _teach(
-    teacher: TeacherHead | TopK,
-    rows: slice,
-    head: Tensor | None,
-    log_q: Tensor,
-    loss: DistillationLoss,
-    columns: "_Columns",
-) -> _Taught:
-    """The teacher's word on the positions `rows`, of which the student says `log_q` (left as it is)."""
-    if isinstance(teacher, TeacherHead):
-        assert head is not None
-        said = _log_softmax(teacher.hidden[rows], head, loss.temperature, columns)
-        if teacher.top_k is None:
-            divergence, h = compare(said.log, log_q, loss)
-            divergence, total = columns.sum(torch.stack([divergence, h.sum(-1)])).unbind()
-            return _Taught(divergence, said.likeliest, h, total)
-        top = keep_top_k(said.log, teacher.top_k)
-        del said
-    else:
-        top = teacher.rows(rows)
-    ids = top.ids.long()
-    kept = log_q.gather(1, ids)
-    rest = log_of_rest(log_q, ids)
-    log_q.scatter_(1, ids, kept)
-    outcomes = torch.cat([kept, rest[:, None]], -1)  # [chunk, k + 1]
-    log_p = torch.cat([top.log_probabilities, top.log_rest[:, None].clamp_min(LEAST)], -1)
-    divergence, h = compare(log_p, outcomes, loss)
-    return _Taught(divergence, ids[:, 0], h, h.sum(-1), ids, outcomes)
-
-
-class _Columns:
-    """The tokens whose logits are made here: all, or this process's share of them."""
-
-    def __init__(self, vocab: int, rows_here: int, spread: Spread | None) -> None:
-        self.vocab = vocab
-        self.group = spread.group if spread else None
-        mine = range(rows_here)
-        self.most = vocab
-        if spread:
-            mine = vocab_rows(spread.rows, spread.group.size(), spread.group.rank())
-            self.most = len(vocab_rows(spread.rows, spread.group.size(), 0))
-        self.first = mine.start
-        self.count = max(0, min(len(mine), vocab - mine.start))
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Over the processes, in place."""
-        if self.group is not None:
-            dist.all_reduce(values, group=self.group)
-        return values
-
-    def less_largest(self, logits: Tensor) -> Tensor:
-        """Take from each row of `logits` `[chunk, columns]` its largest number of all; returns the id of that, the
-        lowest of several: `[chunk]`."""
-        if logits.shape[1]:
-            largest, here = logits.max(-1)
-        else:
-            largest = logits.new_full((len(logits),), -torch.inf)
-            here = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        if self.group is None:
-            logits.sub_(largest.unsqueeze(1))
-            return here
-        own = largest.clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        logits.sub_(largest.unsqueeze(1))
-        ids = (here + self.first).where(own == largest, self.vocab)
-        dist.all_reduce(ids, dist.ReduceOp.MIN, group=self.group)
-        return ids
-
-    def logits_of(self, target: Tensor, student: _LogSoftmax, loss: DistillationLoss) -> Tensor:
-        """The student's logit of each target, less its row's largest: `[chunk]`. Of what is not supervised: of
-        anything."""
-        index, own = self._place(target)
-        if not self.count:
-            return self.sum(torch.zeros_like(student.log_total))
-        logit = (student.log.gather(1, index).squeeze(1) + student.log_scaled) * loss.temperature
-        return self.sum(logit.where(own.squeeze(1), 0.0)) if self.group is not None else logit
-
-    def less_one_at(self, target: Tensor, probabilities: Tensor) -> None:
-        """Take 1 from the target's column of `[chunk, columns]`."""
-        if self.count:
-            index, own = self._place(target)
-            probabilities.scatter_add_(1, index, -own.to(probabilities.dtype))
-
-    def _place(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The column of each target here, and whether it is one; `[chunk, 1]` both."""
-        index = (target - self.first).unsqueeze(1)
-        own = (index >= 0) & (index < self.count)
-        return index.where(own, 0), own
 
 
 def _check(
@@ -393,5 +246,4 @@ def _check(
                     f"process {spread.group.rank()} of {spread.group.size()} owns {owned} rows of heads of "
                     f"{spread.rows} for {vocab} tokens, and was given {rows}"
                 )
-    known = (labels == IGNORED) | ((labels >= 0) & (labels < vocab))
-    torch._assert_async(known.all(), f"a label lies outside the vocabulary of {vocab}")
+    check_labels(labels, vocab)

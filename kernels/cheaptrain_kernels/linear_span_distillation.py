@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cheaptrain_kernels.backend import backend_for
 from cheaptrain_kernels.divergence import DistillationLoss, compare
 from cheaptrain_kernels.linear_cross_entropy import IGNORED, check_weights, linear_cross_entropy, token_losses
 from cheaptrain_kernels.linear_distillation import distilled_at_once
@@ -74,7 +75,7 @@ def linear_span_distillation(
     """
     check_weights(weights, labels)
     head = weight if vocab == weight.shape[0] else weight[:vocab]
-    chunk = distilled_at_once(vocab, chunk_tokens)
+    chunk = distilled_at_once(vocab, chunk_tokens, backend_for(hidden.device))
     with torch.no_grad():
         losses = token_losses(hidden, head, labels, chunk_tokens=chunk)
         factor = _factor(labels, weights)
@@ -86,7 +87,7 @@ def linear_span_distillation(
         of_tokens[said.positions] = of_tokens[said.positions] - each
         divergence = (divergence * weighs).sum() * loss.temperature**2
         cross_entropy = (losses * factor).sum()
-    pulled, correct = linear_cross_entropy(hidden, head, labels, weights=of_tokens, chunk_tokens=chunk)
+    pulled, correct, _ = linear_cross_entropy(hidden, head, labels, weights=of_tokens, chunk_tokens=chunk)
     total = loss.alpha * divergence + (1 - loss.alpha) * cross_entropy
     # Its own value is of no use, its gradient is that of the total.
     return SpanSums(total + (pulled - pulled.detach()), divergence, cross_entropy, correct, weighs.sum())
