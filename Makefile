@@ -22,8 +22,9 @@ check: .venv/ready
 	$(BIN)/mypy
 
 # The exact versions tested stand in constraints.txt. torch first and by itself: a build for the CPU if one is at hand (a
-# wheel folder that pip knows, then PyTorch's own index), because the default one brings gigabytes of CUDA. On a GPU machine
-# install as README says instead.
+# wheel folder that pip knows, then PyTorch's own index), because the default one brings gigabytes of CUDA. torchao lies apart,
+# for its tests alone: wherever it is installed transformers imports it, and on a CPU it complains in every run. On a GPU
+# machine install as README says instead.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -31,4 +32,5 @@ check: .venv/ready
 	  || $(BIN)/python -m pip install --quiet --no-deps --retries 1 --timeout 10 --index-url $(TORCH_CPU_INDEX) -c constraints.txt torch 2>/dev/null \
 	  || echo "no CPU build of torch at hand: taking the default one"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/apart -c constraints.txt torchao
 	touch .venv/ready

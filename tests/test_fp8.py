@@ -3,6 +3,10 @@
 Emulated: the same scaling and rounding as on a GPU that has them, with slow products.
 """
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from model_helpers import build
@@ -14,7 +18,16 @@ from cheaptrain.model.attention import attention_inputs
 from cheaptrain.model.fp8 import refuse_fp8, to_fp8
 from cheaptrain.model.parts import decoder, decoder_layers
 
-pytest.importorskip("torchao", reason="torchao is not installed")
+APART = Path(sys.prefix) / "apart"  # where the Makefile puts it
+if importlib.util.find_spec("torchao") is None and not (APART / "torchao").is_dir():
+    pytest.skip("torchao is not installed", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def _torchao_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("torchao") is None:
+        monkeypatch.syspath_prepend(str(APART))
+
 
 ROWS, SEQ = 4, 32
 
@@ -99,7 +112,7 @@ def test_a_machine_without_8_bit_products_trains_in_others(monkeypatch: pytest.M
         refuse_fp8(torch.device("cpu"), tp=1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     refuse_fp8(torch.device("cuda"), tp=1)
-    with pytest.raises(PreflightError, match="set parallel.tp = 1"):
+    with pytest.raises(PreflightError, match=r"set parallel\.tp = 1"):
         refuse_fp8(torch.device("cuda"), tp=2)
     with pytest.raises(PreflightError, match="has no linear layer"):
         to_fp8(build("tiny-gpt2"), emulate=True)

@@ -177,7 +177,9 @@ def _in_bf16(rank: int, size: int) -> None:
     group = _group(rank, size)
     own32 = _own(weight, rank, size).requires_grad_()
     hidden = states.bfloat16().requires_grad_()
-    loss, correct, _ = vocab_parallel_linear_cross_entropy(hidden, own32, labels, vocab=50, group=group, chunk_tokens=24)
+    loss, correct, _ = vocab_parallel_linear_cross_entropy(
+        hidden, own32, labels, vocab=50, group=group, chunk_tokens=24
+    )
     (loss / 32_668).backward()
     assert hidden.grad is not None and own32.grad is not None
     assert loss.dtype == torch.float32 and own32.grad.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16

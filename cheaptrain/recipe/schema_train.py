@@ -121,7 +121,9 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="compute; auto: bf16 on a GPU, fp32 on a CPU. Weights stay fp32"
     )
-    fp8: bool = Field(False, description="matrix products of the layers in 8-bit floats; needs torchao and a GPU for it")
+    fp8: bool = Field(
+        False, description="matrix products of the layers in 8-bit floats; needs torchao, and a GPU for it"
+    )
     activation_checkpointing: bool = operational(False, "recompute each layer in the backward pass to save memory")
     compile: Literal["auto", "layers", "off"] = operational("auto", "compile each decoder layer; auto: on a GPU")
     attention: Literal["auto", "cudnn", "flash", "varlen", "flash2", "flash3", "flash4"] = operational(

@@ -132,7 +132,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = want_hidden or want_weight
         vocab, backend = weight.shape[0], backend_for(hidden.device)
         head = compute_head(weight, vocab, hidden.dtype, backend)
-        loss, cross_entropy = torch.zeros(2, dtype=torch.float32, device=hidden.device).unbind()
+        loss, cross_entropy = (torch.zeros((), dtype=torch.float32, device=hidden.device) for _ in range(2))
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight) if want_weight else None

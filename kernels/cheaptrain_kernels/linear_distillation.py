@@ -181,8 +181,8 @@ class _LinearDistillation(torch.autograd.Function):
         if isinstance(teacher, TeacherHead):
             other = compute_head(teacher.weight, columns.count, teacher.hidden.dtype, backend, spare=True)
             teacher = teacher._replace(weight=other)
-        divergence, cross_entropy = torch.zeros(2, dtype=torch.float32, device=hidden.device).unbind()
-        correct, agreed = torch.zeros(2, dtype=torch.int64, device=hidden.device).unbind()
+        divergence, cross_entropy = (torch.zeros((), dtype=torch.float32, device=hidden.device) for _ in range(2))
+        correct, agreed = (torch.zeros((), dtype=torch.int64, device=hidden.device) for _ in range(2))
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight) if want_weight else None
 

@@ -125,7 +125,7 @@ class _VocabParallelLinearCrossEntropy(torch.autograd.Function):
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         first, own, backend = _first_row(vocab, group), len(weight), backend_for(hidden.device)
         head = compute_head(weight, own, hidden.dtype, backend)
-        loss, cross_entropy = torch.zeros(2, dtype=torch.float32, device=hidden.device).unbind()
+        loss, cross_entropy = (torch.zeros((), dtype=torch.float32, device=hidden.device) for _ in range(2))
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight) if want_weight else None
