@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from cheaptrain.bench.works import (
 from cheaptrain.data.rows import IGNORED
 from cheaptrain.errors import CheaptrainError, RecipeError
 from cheaptrain.model.facts import model_facts
+from cheaptrain.parallel.processes import leave
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -52,11 +54,10 @@ def small(name: str, **changes: Any) -> Work:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def nothing_left_behind() -> Iterator[None]:
+    """A process that has joined others must not be forked by a later test."""
     yield
-    torch.set_num_threads(before)
+    leave()
 
 
 @pytest.mark.parametrize(
