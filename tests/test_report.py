@@ -142,6 +142,17 @@ def test_the_report_of_a_folder_is_about_the_stage_that_no_other_was_made_from(t
     assert [stage["name"] for stage in content["stages"]] == ["z-first", "a-second"]
 
 
+def test_how_a_run_started_up_is_nowhere_to_be_seen(tmp_path: Path) -> None:
+    trials = {"causal": {"milliseconds": {"cudnn": 2.27, "flash": 3.561}, "refused": {"flash2": "not installed"}}}
+    launch = {
+        "first_step": {"seconds": 41.2, "graphs": 3, "graphs_found": 0, "compiling_seconds": 24.4},
+        "attention": {"teacher": {"choice": {"causal": "cudnn", "packed": "varlen"}, "trials": trials}},
+    }
+    _, page = report(fake_run(tmp_path / "one", launches=[{}, launch]))
+    assert "<td>41s, 24s compiling</td>" in page
+    assert "attention of the teacher: cudnn; causal: cudnn 2.27 ms, flash 3.56 ms</td>" in page
+
+
 def test_a_run_that_crashed_was_killed_or_has_only_begun_still_has_a_report(tmp_path: Path) -> None:
     killed = fake_run(tmp_path / "killed", launches=[{"processes": 1}])
     with (killed / "metrics.jsonl").open("a") as file:

@@ -78,6 +78,8 @@ def test_a_launch_writes_down_plan_environment_and_the_launches_before_it(made: 
     assert [source["name"] for source in plan["sources"]] == ["prose", "notes"]
     assert sum(source["tokens"] for source in plan["sources"]) == STEPS * 256
     environment = record["environment"]
+    for launch in (before, record):  # the CPU compiles nothing
+        assert 0 < launch["first_step"]["seconds"] < 600 and launch["first_step"]["graphs"] == 0
     assert environment["packages"]["torch"] and environment["python"].startswith("3.") and environment["gpus"] == 0
     content = json.loads((made / "outputs/two/report/report.json").read_text())["stages"][0]
     assert content["asked"]["seconds"] == plan["seconds"] and len(content["launches"]) == 2

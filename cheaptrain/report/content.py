@@ -72,7 +72,9 @@ def _stage(account: Account) -> dict[str, Any]:
     }
 
 
-_OF_LAUNCH = ("began", "ended", "exit_code", "reason", "host", "processes", "from_step")
+_OF_LAUNCH = (
+    "began", "ended", "exit_code", "reason", "host", "processes", "from_step", "first_step", "attention",
+)  # fmt: skip
 _OF_ENVIRONMENT = (
     "cheaptrain", "python", "packages", "cuda", "device", "gpus", "cpus", "memory_bytes", "system", "code", "folder",
 )  # fmt: skip
