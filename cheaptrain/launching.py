@@ -138,6 +138,10 @@ def processes_here(recipes: Sequence[LoadedRecipe], asked: int | None, nodes: in
     return total // nodes
 
 
+# torch reads the first of them that is set, and all of the allocator's settings from it.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
 def recipe_environment(recipes: Sequence[LoadedRecipe]) -> dict[str, str]:
     """`[env]` of the recipes together. Raises RecipeError when they differ, or name what the launcher sets."""
     environment: dict[str, str] = {}
@@ -159,9 +163,13 @@ def apply_environment(recipes: Sequence[LoadedRecipe]) -> None:
     libraries read theirs when they are loaded, some before the first line of Python. Returns when all is set.
 
     Unless somebody says otherwise, OpenMP threads that wait sleep: spinning, those of one training process took six
-    times as long for a step as soon as anything else ran on the same cores (docs/log.md)."""
+    times as long for a step as soon as anything else ran on the same cores (docs/log.md). And segments of GPU memory
+    grow, so that what was freed is of use to tensors of another size."""
+    asked = recipe_environment(recipes)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    wanted = {name: value for name, value in recipe_environment(recipes).items() if os.environ.get(name) != value}
+    if not any(name in os.environ or name in asked for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+    wanted = {name: value for name, value in asked.items() if os.environ.get(name) != value}
     os.environ.update(wanted)
     if wanted and ENV_APPLIED not in os.environ:  # once: Python changes some itself when it starts, LC_CTYPE for one
         os.environ[ENV_APPLIED] = "1"

@@ -497,3 +497,24 @@ def test_threads_that_wait_take_the_cores_from_whoever_works(own: str | None) ->
         check=True,
     )
     assert done.stdout.split() == ["False", own or "PASSIVE"]  # torch, once there, has read it
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "expected"),
+    [
+        ({}, {}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {}, None),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {}, "max_split_size_mb:64"),
+        ({}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+    ],
+)
+def test_a_default_of_the_allocator_overrules_what_somebody_asked_for(
+    own: dict[str, str], asked: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch reads the variables in the order of their age, so a default under the new name would hide the old one."""
+    monkeypatch.setattr(os, "environ", dict(own))
+    monkeypatch.setattr(launching, "recipe_environment", lambda recipes: asked)
+    monkeypatch.setattr(os, "execv", lambda *_: None)
+    launching.apply_environment([])
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == (own | asked).get("PYTORCH_CUDA_ALLOC_CONF")

@@ -92,7 +92,8 @@ def _environment() -> dict[str, str]:
     """The same for all variants. Segments that grow keep what was freed usable for tensors of another size."""
     environment = dict(os.environ)
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:
+        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU for all: some take every one they see
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     environment.setdefault("HF_HUB_OFFLINE", "1")
