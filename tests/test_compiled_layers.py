@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from cheaptrain.errors import CheaptrainError
@@ -70,6 +71,19 @@ def test_merged_products_give_the_same_outputs_and_gradients(preset: str, saved:
     assert (plain.last - merged.last).abs().max() <= (0.02 if half else 1e-5) * plain.last.abs().max()
     for p, q in zip(plain.parameters(), merged.parameters(), strict=True):
         assert (p.grad - q.grad).abs().max() <= (0.03 if half else 1e-5) * p.grad.abs().max()
+
+
+@pytest.mark.parametrize("preset", ["tiny-qwen3", "tiny-llama4"])
+def test_a_merged_layer_that_is_recomputed_saves_something_else_the_second_time(preset: str) -> None:
+    """The first forward pass is the one that compiles, inside of what is to be run again."""
+    plain, merged, ids = build(preset), build(preset), tokens()
+    compile_layers(decoder_layers(merged))
+    for layer in decoder_layers(merged):
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    for model in (plain, merged):
+        packed_logits(model, ids).square().sum().backward()
+    for p, q in zip(plain.parameters(), merged.parameters(), strict=True):
+        assert (p.grad - q.grad).abs().max() <= 1e-5 * p.grad.abs().max()
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -231,6 +245,14 @@ def test_the_cache_outlives_a_restart_and_never_overrules_its_user(monkeypatch, 
     with pytest.warns(UserWarning, match="compiled layers are kept in"):
         assert use_compile_cache() == Path(default_cache_dir())
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", _nowhere)  # a container's user without a name and without HOME
+    with pytest.warns(UserWarning, match="compiled layers are kept in"):
+        assert use_compile_cache() == Path(default_cache_dir())
+
+
+def _nowhere() -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def _curve(model: PreTrainedModel, rows: tuple[int, ...]) -> list[float]:

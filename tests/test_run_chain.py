@@ -318,3 +318,26 @@ def test_other_optimizers_and_compiled_layers_learn_and_resume(folder: Path, opt
         losses.append([r["train/loss"] for r in read_lines(run / "metrics.jsonl") if "train/loss" in r])
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0] - 0.5
+
+
+def test_the_graphs_of_the_stages_before_are_counted_against_the_last_one(folder: Path) -> None:
+    """torch gives a layer's code so many graphs in a process, whoever they were for."""
+    recipes = []
+    for number, width in enumerate((64, 96)):
+        table = recipe_table(folder, f"wide-{width}")
+        table["model"]["overrides"] = {"intermediate_size": width}
+        table["train"] |= {"steps": 2, "warmup": "1 step", "compile": "layers"}
+        recipes.append(write_recipe(folder / f"wide-{number}.toml", table))
+
+    def work() -> None:
+        from torch._dynamo import config
+
+        from cheaptrain.model import compiled
+        from cheaptrain.train import chain as stages
+
+        stages.print_plan = lambda *_: None
+        compiled.lower = torch._dynamo.lookup_backend("aot_eager")
+        compiled.MOST_GRAPHS = config.recompile_limit = 1  # all rows here are packed
+        train(*recipes)()
+
+    assert run_child(work, folder / "wide.log") == 0, tail(folder / "wide.log")

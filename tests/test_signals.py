@@ -150,6 +150,8 @@ def test_max_time_leaves_no_room_for_a_step_and_a_save(monkeypatch: pytest.Monke
     for _ in range(20):
         stop.note_step(3.0)
     assert stop.deadline == 1005 - 3 - 2 * 10  # compiling is long ago
+    stop.steps_ahead = 1  # one is under way when the request goes out, one was handed over when the answer is read
+    assert stop.deadline == 1005 - 3 * 3 - 2 * 10
     assert StopRequest(50.0, started=5.0).deadline == 55 - 2 * 5  # a short time is not all kept for a save
     assert StopRequest(None, started=5.0).deadline == float("inf")
 

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,3 +159,39 @@ def test_divergence_is_entered_under_another_step_or_saved(folder: Path) -> None
     run = folder / "diverged"
     assert [r["step"] for r in read_lines(run / "metrics.jsonl") if "train/loss" in r] == list(range(1, 12))
     assert max(int(path.name[5:]) for path in run.glob("checkpoints/step-*")) == 10
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_step_is_timed_without_what_the_device_did_while_records_were_written(folder: Path, ahead: int) -> None:
+    """A device that takes 4 seconds a step, and a host that takes 1 to hand one over and 2 for the records of one."""
+    host, device = 0.0, 0.0
+
+    class Late:
+        def __init__(self, started: Any, done: float) -> None:
+            self.started, self.done = started, done
+
+        def result(self) -> Any:
+            nonlocal host
+            host = max(host, self.done)
+            return self.started.result()
+
+    def slow() -> None:
+        plain = loop._step
+
+        def stepping(*arguments: Any) -> Any:
+            nonlocal host, device
+            device = max(device, host) + 4.0
+            host += 1.0
+            return Late(plain(*arguments), device)
+
+        def writing(stage: Any) -> None:
+            nonlocal host
+            host += 2.0
+
+        loop._step, loop.poll_save = stepping, writing
+        loop.time = SimpleNamespace(perf_counter=lambda: host)
+
+    name = f"timed-{ahead}"
+    assert _trained(folder, name, ahead, slow, steps=6) == 0, tail(folder / f"{name}.log")
+    seconds = [r["train/step_seconds"] for r in read_lines(folder / name / "metrics.jsonl") if "train/loss" in r]
+    assert seconds == [4.0] * 6

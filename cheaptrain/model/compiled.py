@@ -30,6 +30,8 @@ from cheaptrain.model.graph_passes import merge_linears
 # eight, which is also where torch gives up by itself.
 MOST_GRAPHS = 16
 
+Pass = Callable[[fx.GraphModule], object]  # changes a graph in place, before there is a backward pass
+
 
 class CompileCounts(NamedTuple):
     """What torch.compile did in this process so far: graphs (of a forward and a backward pass each), how many of them
@@ -40,18 +42,29 @@ class CompileCounts(NamedTuple):
     seconds: float
 
 
-def compile_layers(layers: Iterable[nn.Module], *, frozen: bool = False, merge: bool | None = None) -> None:
+def compile_layers(
+    layers: Iterable[nn.Module],
+    *,
+    frozen: bool = False,
+    merge: bool | None = None,
+    passes: tuple[Pass, ...] = (),
+    cuda_graphs: bool = False,
+) -> None:
     """Compile the forward of each layer, in place; what hooks do around it stays outside.
 
     Without gradients the plain forward runs, unless the layers are `frozen`: then it is always the compiled one.
     `merge`: linear layers of one input become one (`graph_passes.py`); by default where there is a backward pass: the
-    weights of a frozen layer would only be copied. A forward pass raises CheaptrainError where a layer would have to be
+    weights of a frozen layer would only be copied. `passes`: what else is done to each graph, in this order; functions
+    of a module, or layers compiled apart share no graph. `cuda_graphs`: on a GPU the kernels of each graph are recorded
+    and started as one, and what cannot be recorded is an error; what a step's graphs gave is gone after
+    `torch.compiler.cudagraph_mark_step_begin()`. A forward pass raises CheaptrainError where a layer would have to be
     compiled again and again.
     """
     from torch._dynamo import config
 
     use_compile_cache()
-    backend = _merging if (not frozen if merge is None else merge) else _compiling
+    merges = not frozen if merge is None else merge
+    backend = _backend(((merge_linears,) if merges else ()) + passes, cuda_graphs)
     config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
     config.fail_on_recompile_limit_hit = True
     for layer in layers:
@@ -72,6 +85,13 @@ def compile_counts() -> CompileCounts:
     )
 
 
+def forget_graphs() -> None:
+    """Drop the graphs of all models that this process compiled. For the beginning of another stage: torch counts graphs
+    by the code of a layer's class, and those of models that are gone would be counted against the ones to come."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 def use_compile_cache() -> Path:
     """Keep compiled graphs in `$XDG_CACHE_HOME/cheaptrain/compiled` (`~/.cache` without it), unless
     TORCHINDUCTOR_CACHE_DIR says where; returns where that is. torch's own place is under /tmp, which a restart of the
@@ -81,12 +101,12 @@ def use_compile_cache() -> Path:
     asked = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if asked and Path(asked) != Path(default_cache_dir()):  # torch itself puts its default there
         return Path(asked)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cheaptrain" / "compiled"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cheaptrain" / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(f"{folder} is not writable")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where home is
         warnings.warn(
             f"compiled layers are kept in {default_cache_dir()}, because {error}; set TORCHINDUCTOR_CACHE_DIR to keep "
             "them elsewhere",
@@ -97,24 +117,27 @@ def use_compile_cache() -> Path:
     return folder
 
 
-def lower(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+def lower(
+    module: fx.GraphModule, inputs: list[Any], config_patches: dict[str, Any] | None = None
+) -> Callable[..., Any]:
     """What torch.compile does by default with a graph, forward and backward."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(module, inputs)  # type: ignore[return-value]
+    return compile_fx(module, inputs, config_patches=config_patches)  # type: ignore[return-value]
 
 
-# Functions of the module, because torch keeps the graphs of each backend apart: a new one for each layer would make
-# every layer a graph of its own.
+@functools.cache  # torch keeps the graphs of each backend apart: a new one for each layer would be a graph for each
+def _backend(passes: tuple[Pass, ...], cuda_graphs: bool) -> Callable[..., Any]:
+    def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        for change in passes:
+            change(module)
+        return lower(module, inputs, _CUDA_GRAPHS) if cuda_graphs else lower(module, inputs)
+
+    return compile_graph
 
 
-def _compiling(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    return lower(module, inputs)
-
-
-def _merging(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    merge_linears(module)
-    return lower(module, inputs)
+# Without the second, torch says in a log that it could not, and goes on without.
+_CUDA_GRAPHS = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
 
 
 def _dispatch(plain: Callable[..., Any], compiled: Callable[..., Any], name: str, frozen: bool) -> Callable[..., Any]:

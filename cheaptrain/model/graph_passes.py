@@ -13,13 +13,14 @@ a copy would be another thing than a view, is left alone.
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from cheaptrain.model.graph_nodes import argument, call, cast, changes_something, is_given, value
 
 _LINEAR = (functional.linear, torch._C._nn.linear)  # type: ignore[attr-defined]
 
@@ -31,7 +32,7 @@ def merge_linears(module: fx.GraphModule) -> int:
     dtype or differing in whether they are trained, and graphs that change a tensor or their modes on the way.
     """
     graph = module.graph
-    if any(_changes_something(node) for node in graph.nodes):
+    if any(changes_something(node) for node in graph.nodes):
         return 0
     groups: dict[Any, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
@@ -44,7 +45,7 @@ def merge_linears(module: fx.GraphModule) -> int:
     for nodes in merged:
         _merge(graph, nodes)
     for node in list(graph.find_nodes(op="call_method", target="view")):
-        if not isinstance(_argument(node, 1, "dtype"), torch.dtype):
+        if not isinstance(argument(node, 1, "dtype"), torch.dtype):
             node.target = "reshape"
             node.kwargs = {"shape" if name == "size" else name: value for name, value in node.kwargs.items()}
     graph.lint()
@@ -53,89 +54,39 @@ def merge_linears(module: fx.GraphModule) -> int:
 
 
 def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    weights = [_argument(node, 1, "weight") for node in nodes]
-    biases = [_argument(node, 2, "bias") for node in nodes]
-    sizes = [weight.meta["example_value"].shape[0] for weight in weights]
+    weights = [argument(node, 1, "weight") for node in nodes]
+    biases = [argument(node, 2, "bias") for node in nodes]
+    sizes = [value(weight).shape[0] for weight in weights]
     with graph.inserting_before(nodes[0]):
         # In the dtype that autocast casts to: laid end to end in fp32, the weights would be copied once more.
-        dtype = nodes[0].meta["example_value"].dtype
-        wide = _call(graph, torch.cat, [_cast(graph, weight, dtype) for weight in weights])  # [sum of sizes, in]
-        bias = None if biases[0] is None else _call(graph, torch.cat, [_cast(graph, each, dtype) for each in biases])
-        product = _call(graph, functional.linear, _argument(nodes[0], 0, "input"), wide, bias)
-        pieces = _call(graph, torch.split, product, sizes, -1)
+        dtype = value(nodes[0]).dtype
+        wide = call(graph, torch.cat, [cast(graph, weight, dtype) for weight in weights])  # [sum of sizes, in]
+        bias = None if biases[0] is None else call(graph, torch.cat, [cast(graph, each, dtype) for each in biases])
+        product = call(graph, functional.linear, argument(nodes[0], 0, "input"), wide, bias)
+        pieces = call(graph, torch.split, product, sizes, -1)
         for number, node in enumerate(nodes):
-            node.replace_all_uses_with(_call(graph, operator.getitem, pieces, number))
+            node.replace_all_uses_with(call(graph, operator.getitem, pieces, number))
     for node in nodes:
         graph.erase_node(node)
-
-
-def _call(graph: fx.Graph, function: Callable[..., Any], *arguments: Any) -> fx.Node:
-    """A node with the example value that Dynamo gives each: without it the compiled graph is not kept on disk."""
-    node = graph.call_function(function, arguments)
-    node.meta["example_value"] = function(*fx.node.map_arg(arguments, lambda given: given.meta["example_value"]))
-    return node
-
-
-def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    value = node.meta["example_value"]
-    if value.dtype == dtype:
-        return node
-    cast = graph.call_method("to", (node, dtype))
-    cast.meta["example_value"] = value.to(dtype)
-    return cast
 
 
 def _group(node: fx.Node) -> tuple[Any, ...] | None:
     """What linear layers must have in common to be merged; None for a node that is not one, or not one to merge."""
     if node.op != "call_function" or node.target not in _LINEAR:
         return None
-    given, weight, bias = (_argument(node, place, name) for place, name in enumerate(("input", "weight", "bias")))
+    given, weight, bias = (argument(node, place, name) for place, name in enumerate(("input", "weight", "bias")))
     if not _plain(weight, 2) or (bias is not None and not _plain(bias, 1)):
         return None
-    value = weight.meta["example_value"]
-    of_bias = None if bias is None else bias.meta["example_value"].dtype
-    return given, value.dtype, value.device, value.shape[1], value.requires_grad, of_bias
+    example = value(weight)
+    of_bias = None if bias is None else value(bias).dtype
+    return given, example.dtype, example.device, example.shape[1], example.requires_grad, of_bias
 
 
 def _plain(node: Any, dimensions: int) -> bool:
     """Whether this is a plain tensor of fixed size that the graph is given."""
-    if not isinstance(node, fx.Node) or node.op not in ("placeholder", "get_attr"):
+    if not is_given(node):
         return False
-    value = node.meta.get("example_value")
+    example = value(node)
     return (
-        isinstance(value, Tensor)
-        and not is_traceable_wrapper_subclass(value)
-        and value.dim() == dimensions
-        and isinstance(value.shape[0], int)
+        not is_traceable_wrapper_subclass(example) and example.dim() == dimensions and isinstance(example.shape[0], int)
     )
-
-
-def _argument(node: fx.Node, place: int, name: str) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
-
-
-_MODES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
-_IN_PLACE = (
-    "setitem",
-    "iadd",
-    "isub",
-    "imul",
-    "imatmul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-)
-
-
-def _changes_something(node: fx.Node) -> bool:
-    if node.op not in ("call_method", "call_function"):
-        return False
-    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-        return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    asked = node.kwargs.get("out") is not None or bool(node.kwargs.get("inplace"))
-    return asked or name in _MODES or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))

@@ -21,6 +21,7 @@ from cheaptrain.model.context import Context
 from cheaptrain.model.hub import model_folder
 from cheaptrain.recipe.parents import teacher_model
 from cheaptrain.recipe.schema import Distill
+from cheaptrain.train.sending import send
 from cheaptrain.train.survey import Survey, mixture_order
 from cheaptrain.train.teacher import speaking_of_the_teacher
 
@@ -42,9 +43,9 @@ class CachedTeacher:
             here = slice(self.context.rank * stretch, (self.context.rank + 1) * stretch)
         k, device = self.cache.spec.top_k, batch.labels.device
         return TopK(
-            torch.from_numpy(said.ids[:, here].astype(np.int32)).to(device).view(-1, k),
-            torch.from_numpy(said.log_probabilities[:, here].copy()).to(device).view(-1, k),
-            torch.from_numpy(said.log_rest[:, here].copy()).to(device).view(-1),
+            send(torch.from_numpy(said.ids[:, here].astype(np.int32)), device).view(-1, k),
+            send(torch.from_numpy(said.log_probabilities[:, here].copy()), device).view(-1, k),
+            send(torch.from_numpy(said.log_rest[:, here].copy()), device).view(-1),
         )
 
 

@@ -48,6 +48,7 @@ def train(stage: Stage) -> None:
     factor = learning_rate(stage.recipe.train, resolved)
     display = Display(stage.console, stage.name, resolved.steps, ledger.step)
     started_at, compiled = ledger.step, compile_counts()
+    stage.stop.steps_ahead = stage.steps_ahead
     try:
         # Also what was due after the step that the run goes on from, where a stop came before it.
         _observe(stage, first=ledger.step == 0, done=stage.processes.on_main(lambda: _observed(stage)))
@@ -56,14 +57,14 @@ def train(stage: Stage) -> None:
             _stop(stage, saved=True)
         with closing(stage.loader.prefetch(ledger.rows_seen, resolved.steps - started_at, _ready(stage))) as steps:
             ahead: deque[_Handed] = deque()
-            free = time.perf_counter()  # since when the loop has been waiting for the next step to be done
+            done = time.perf_counter()  # when the device had done the last step, as far as anybody here knows
             for step in range(started_at + 1, resolved.steps + 1):
                 ahead.append(_hand_over(stage, steps, step, factor))
                 allowed = 0 if step == started_at + 1 or _due(stage, step) else stage.steps_ahead
                 asked = saved = False
                 while len(ahead) > (0 if asked else allowed):
-                    now_asked, saved = _finish(stage, display, ahead.popleft(), free)
-                    asked, free = asked or now_asked, time.perf_counter()
+                    now_asked, saved, done = _finish(stage, display, ahead.popleft(), done)
+                    asked = asked or now_asked
                 if step == started_at + 1:
                     _note_start(stage, compiled)
                     watch.tighten()
@@ -96,18 +97,21 @@ def _hand_over(stage: Stage, steps: Iterator[list[RowBatch]], number: int, facto
     return _Handed(number, _step(stage, batches, number, factor(tokens)), began)
 
 
-def _finish(stage: Stage, display: Display, handed: _Handed, free: float) -> tuple[bool, bool]:
-    """Enter a step in the ledger once it is done, and do what is due after it; answers as `_after_step` does."""
+def _finish(stage: Stage, display: Display, handed: _Handed, done_before: float) -> tuple[bool, bool, float]:
+    """Enter a step in the ledger once it is done, and do what is due after it; answers as `_after_step` does, and when
+    the step was done. `done_before`: when the one before was."""
     stage.watch.beat("waiting for the device", handed.number)
     result = handed.step.result()
-    since = max(handed.began, free)  # handed over earlier, it took its time beside the one before
-    seconds = time.perf_counter() - since
+    done = time.perf_counter()
+    # Handed over early, it had the device to itself once the step before was done, whatever the host did meanwhile.
+    since = max(handed.began, done_before)
+    seconds = done - since
     stage.ledger.add(result.counts, stage.loader.order.names, result, seconds)
     if not result.applied:
         _not_finite(stage, result, seconds)
-    answer = _after_step(stage, display, result, seconds)
+    asked, saved = _after_step(stage, display, result, seconds)
     stage.stop.note_step(time.perf_counter() - since)
-    return answer
+    return asked, saved, done
 
 
 def _note_start(stage: Stage, before: CompileCounts) -> None:

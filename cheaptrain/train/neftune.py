@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cheaptrain.data.rows import RowBatch
 from cheaptrain.model.context import Context
+from cheaptrain.train.sending import send
 
 
 def noisy(embeddings: Tensor, batch: RowBatch, alpha: float, context: Context | None) -> Tensor:
@@ -21,7 +22,7 @@ def noisy(embeddings: Tensor, batch: RowBatch, alpha: float, context: Context | 
         lengths = lengths.chunk(context.size, 1)[context.rank]
     scale = alpha / (lengths * embeddings.shape[2]).sqrt().unsqueeze(2)  # [rows, seq, 1]
     noise = torch.empty_like(embeddings).uniform_(-1, 1)
-    return embeddings + noise * scale.to(embeddings, non_blocking=True)
+    return embeddings + noise * send(scale.to(embeddings.dtype), embeddings.device)
 
 
 def document_lengths(document_ids: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from cheaptrain.durable import fingerprint
 from cheaptrain.errors import PreflightError
 from cheaptrain.hardware import find_gpu, visible_cores
 from cheaptrain.model.build import build_model
+from cheaptrain.model.compiled import forget_graphs
 from cheaptrain.model.config import vocabulary_growth
 from cheaptrain.model.context import Context
 from cheaptrain.model.facts import model_facts
@@ -95,6 +96,7 @@ def set_up(
     choose = attention_chooser(survey, opened, processes, loader, report, note)
     compute = replace(compute, attention=choose(model.config, "student", recipe.data.seq_len, compute.dtype))
     processes.on_main(lambda: _prove(model, survey, compute))
+    forget_graphs()  # of the stages before
     asked = recipe.train.compile
     compiled = asked == "layers" or (asked == "auto" and compute.device.type == "cuda" and recipe.lora is None)
     if recipe.lora is not None:

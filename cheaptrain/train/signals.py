@@ -42,6 +42,7 @@ class StopRequest(SignalRequest):
         super().__init__()
         self.agreed = False
         self.max_time_seconds = max_time_seconds
+        self.steps_ahead = 0  # that are handed to the device before the last one's figures are read
         self._started = launch_started() if started is None else started
         self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._save_seconds: float | None = None
@@ -58,14 +59,17 @@ class StopRequest(SignalRequest):
         """When to ask for a stop, on the clock of time.monotonic(): so that one more step, as long as the longest of
         the last twenty, and two saves, as long as the last one, end before `max_time_seconds` are over.
 
-        Before the first save one is taken to last a minute, or a tenth of the time if that is less.
+        Each step handed over ahead makes it two steps more: one was under way when the request went out with the next,
+        and another had been handed over when the answer was read. Before the first save one is taken to last a minute,
+        or a tenth of the time if that is less.
         """
         if self.max_time_seconds is None or not self._keeps_time:
             return math.inf
         save = self._save_seconds
         if save is None:
             save = min(_SAVE_SECONDS, self.max_time_seconds / 10)
-        return self._started + self.max_time_seconds - max(self._steps, default=0.0) - 2 * save
+        steps = (1 + 2 * self.steps_ahead) * max(self._steps, default=0.0)
+        return self._started + self.max_time_seconds - steps - 2 * save
 
     def note_step(self, seconds: float) -> None:
         """A step took so long, with everything due after it but a save."""
