@@ -15,8 +15,8 @@ import psutil
 import pytest
 import torch
 
+from cheaptrain.bench import experiments, runner
 from cheaptrain.bench import measure as measuring
-from cheaptrain.bench import runner
 from cheaptrain.bench.children import Child
 from cheaptrain.bench.floor import dimensions, measure_floor
 from cheaptrain.bench.gpt2_loop import Gpt2
@@ -25,14 +25,16 @@ from cheaptrain.bench.profiling import category
 from cheaptrain.bench.rows import attended, step_rows
 from cheaptrain.bench.samples import Row, add_sample, newest_rows, read_samples
 from cheaptrain.bench.table import mismatch, table_rows
-from cheaptrain.bench.trial import Figures, Trial, plain_model, repeated, spec_of
+from cheaptrain.bench.trial import Figures, Trial, Unavailable, plain_model, repeated, spec_of
 from cheaptrain.bench.works import (
     CHEAPTRAIN,
+    CUDA_GRAPHS,
     FLOOR,
     FP8,
     FULL_LOGITS,
     GPT2_LOOP,
     GPU_WORKS,
+    LAYER_KERNELS,
     LIGER,
     TRANSFORMERS,
     Work,
@@ -41,6 +43,7 @@ from cheaptrain.bench.works import (
 )
 from cheaptrain.data.rows import IGNORED
 from cheaptrain.errors import CheaptrainError, RecipeError
+from cheaptrain.model import compiled
 from cheaptrain.model.facts import model_facts
 from cheaptrain.parallel.processes import leave
 
@@ -153,10 +156,81 @@ def test_what_does_not_fit_is_tried_with_half_the_rows(monkeypatch: pytest.Monke
     assert "not finite" in measure(small("tiny"), CHEAPTRAIN, CPU)["error"]
 
 
-@pytest.mark.parametrize(("variant", "words"), [(LIGER, ("GPU", "liger-kernel")), (FP8, ("GPU", "torchao"))])
+@pytest.mark.parametrize(
+    ("variant", "words"), [(LIGER, ("GPU", "liger-kernel")), (FP8, ("GPU", "torchao")), (CUDA_GRAPHS, ("GPU",))]
+)
 def test_what_a_machine_lacks_is_a_reason_and_no_crash(variant: str, words: tuple[str, ...]) -> None:
     reason = measure(small("quick"), variant, CPU)["error"]
     assert any(word in reason for word in words)
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Compiling quickly, and nothing of it left behind."""
+    from torch._dynamo import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setattr(compiled, "lower", torch._dynamo.lookup_backend("aot_eager"))
+    torch._dynamo.reset()
+    with config.patch(recompile_limit=config.recompile_limit, fail_on_recompile_limit_hit=False):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["tiny", "r1"])
+def test_layers_with_our_kernels_learn_the_same(name: str, compiling: None) -> None:
+    work = small(name)
+    ours, theirs = measure(work, CHEAPTRAIN, CPU), measure(work, LAYER_KERNELS, CPU)
+    assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-6)
+    assert theirs["grad_norms"] == pytest.approx(ours["grad_norms"], rel=1e-5)
+    assert "our kernels" in theirs["note"]
+
+
+def test_layers_that_our_kernels_are_not_for_are_not_measured_as_if_they_were(compiling: None) -> None:
+    assert "norms=0" in measure(small("gpt2"), LAYER_KERNELS, CPU)["error"]
+
+
+def test_cuda_graphs_are_refused_where_gradients_are_added_up_or_nothing_is_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work, gpu = find_work("140m", "cuda"), torch.device("cuda")
+    experiments.refuse_experiment(work, CUDA_GRAPHS, gpu, work.rows)
+    with pytest.raises(Unavailable, match="one micro-batch"):
+        experiments.refuse_experiment(work, CUDA_GRAPHS, gpu, work.rows // 2)
+    begun: list[None] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(None))
+    for recorded, skipped in ((0, 0), (5, 1), (5, 0)):
+        with monkeypatch.context() as patched:
+            did = {"cudagraph_recorded_non_static_inputs": recorded, "cudagraph_skips": skipped}
+            patched.setitem(torch._dynamo.utils.counters, "inductor", did)
+            begun.clear()
+            for number in range(2):
+                experiments.before_step(CUDA_GRAPHS, number)
+            if recorded and not skipped:
+                experiments.before_step(CUDA_GRAPHS, 2)
+                assert len(begun) == 3
+            else:
+                with pytest.raises(Unavailable, match=f"{skipped} left out"):
+                    experiments.before_step(CUDA_GRAPHS, 2)
+    experiments.before_step(CHEAPTRAIN, 0)
+    assert len(begun) == 3
+
+
+def test_cuda_graphs_are_what_is_compiled(compiling: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def lower(module: Any, inputs: Any, config_patches: dict[str, Any]) -> Any:
+        asked.append(config_patches)
+        return module.forward
+
+    monkeypatch.setattr(compiled, "lower", lower)
+    work = small("tiny")
+    model = plain_model(work, work.model, CPU)
+    experiments.compile_experiment(model, CUDA_GRAPHS)
+    model(input_ids=step_rows(work, 0, 1)[0].input_ids, use_cache=False)
+    assert asked and all(patches["triton.cudagraphs"] and patches["triton.cudagraph_or_error"] for patches in asked)
+    with torch._inductor.config.patch(asked[0]):  # names that this torch knows
+        assert torch._inductor.config.triton.cudagraphs
 
 
 def test_the_plain_gpt2_is_gpt2() -> None:
@@ -254,6 +328,14 @@ def test_what_has_the_fewest_samples_comes_first_and_nothing_begins_without_time
         ("quick", CHEAPTRAIN, 3),
         ("tiny", CHEAPTRAIN, 3),
         ("tiny", CHEAPTRAIN, 4),
+    ]
+    work, held = find_work("tiny", "cpu"), [sample(1.0)]
+    order = runner._in_order([(work, [LAYER_KERNELS]), *chosen[:1]], held, machine, 2)
+    assert order == [
+        ("quick", CHEAPTRAIN, 1),
+        ("tiny", LAYER_KERNELS, 1),
+        ("quick", CHEAPTRAIN, 2),
+        ("tiny", LAYER_KERNELS, 2),
     ]
     left = runner.run(chosen, machine, tmp_path / "f.json", runner.Limits(0.0, 1), lambda text: None)
     assert len(left) == 3 and not (tmp_path / "f.json").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cheaptrain_kernels import use_backend
+from cheaptrain_kernels import Backend, use_backend
 from cheaptrain_kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from cheaptrain_kernels.rope import rope, rope_reference
 from cheaptrain_kernels.swiglu import swiglu, swiglu_reference
@@ -153,9 +153,9 @@ def test_turning_and_norming_without_gains_can_change_places() -> None:
     torch.testing.assert_close(before, after)
 
 
-@needs_triton
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope"])
-def test_compiled_graphs_go_through(name: str) -> None:
+def test_compiled_graphs_go_through(name: str, backend: Backend) -> None:
     x, angles = _given(2, 3, 2, 8), torch.randn(2, 3, 4, device=DEVICE)
     ops = torch.ops.cheaptrain
     arguments = {
@@ -163,7 +163,41 @@ def test_compiled_graphs_go_through(name: str) -> None:
         "swiglu": (x,),
         "rope": (x, angles.cos(), angles.sin(), _given(8), 1e-5, True),
     }[name]
-    torch.library.opcheck(getattr(ops, name).default, arguments)
+    with use_backend(backend):
+        torch.library.opcheck(getattr(ops, name).default, arguments)
+
+
+@pytest.mark.parametrize(("of_x", "of_residual"), [(FULL, FULL), (HALF, FULL), (HALF, HALF)])
+@pytest.mark.parametrize("wanted", ["both", "norm", "sum"])
+def test_operators_without_triton_have_their_gradients(
+    wanted: str, of_x: torch.dtype, of_residual: torch.dtype
+) -> None:
+    """A compiled graph of a machine that has no GPU runs them; autograd sees nothing of what they do inside."""
+    ops, angles = torch.ops.cheaptrain, torch.randn(2, 3, 4, device=DEVICE)
+    outputs = {"both": slice(2), "norm": slice(1), "sum": slice(1, 2)}[wanted]
+    with use_backend("torch"):
+        _compare(
+            lambda x, r, w: (*ops.rms_norm(x, r, w, 1e-5, of_x)[outputs], 0 * w),
+            lambda x, r, w: (*add_rms_norm_reference(x, r, w, 1e-5, of_x)[outputs], 0 * w),
+            [_given(3, 5, 100, dtype=of_x), _given(3, 5, 100, dtype=of_residual), _given(100)],
+        )
+        _compare(
+            lambda x, w: ops.rms_norm(x, None, w, 1e-5, of_x)[0],
+            lambda x, w: rms_norm_reference(x, w, 1e-5, of_x),
+            [_given(3, 5, 100, dtype=of_x), _given(100)],
+        )
+        _compare(ops.swiglu, swiglu_reference, [_given(3, 4, 10, dtype=of_x)])
+        for interleaved in (False, True):
+            for eps, gains in ((0.0, []), (1e-5, []), (1e-5, [_given(8)])):
+                _compare(
+                    lambda x, *g, e=eps, i=interleaved: ops.rope(
+                        x, angles.cos(), angles.sin(), g[0] if g else None, e, i
+                    ),
+                    lambda x, *g, e=eps, i=interleaved: rope_reference(
+                        x, angles.cos(), angles.sin(), interleaved=i, eps=e or None, gain=g[0] if g else None
+                    ),
+                    [_given(2, 3, 2, 8, dtype=of_x), *gains],
+                )
 
 
 COMPILING = """

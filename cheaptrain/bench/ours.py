@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from cheaptrain.bench.experiments import before_step, compile_experiment, refuse_experiment
 from cheaptrain.bench.rows import DISTINCT, step_rows
 from cheaptrain.bench.trial import (
     BETAS,
@@ -28,7 +29,7 @@ from cheaptrain.bench.trial import (
     repeated,
     spec_of,
 )
-from cheaptrain.bench.works import FP8, PLAIN, Shape, Work
+from cheaptrain.bench.works import EXPERIMENTS, FP8, PLAIN, Shape, Work
 from cheaptrain.data.rows import RowBatch
 from cheaptrain.model.build import build_model
 from cheaptrain.model.fp8 import refuse_fp8, to_fp8
@@ -48,13 +49,16 @@ from cheaptrain.train.teacher import Teacher
 
 def cheaptrain_trial(work: Work, variant: str, device: torch.device, micro_rows: int) -> Trial:
     """The variants whose name begins with "cheaptrain". Raises PreflightError for a precision that cannot be had."""
+    refuse_experiment(work, variant, device, micro_rows)
     train = _train(work, variant, micro_rows)
     processes = _joined()
     mesh = make_mesh(Layout(), device.type)
-    compiled = device.type == "cuda" and variant != PLAIN
+    compiled = device.type == "cuda" and variant not in (PLAIN, *EXPERIMENTS)
     model = _model(work, work.model, device)
     compute = _compute(train, device)
     notes = ["layers compiled" if compiled else "not compiled"]
+    if variant in EXPERIMENTS:
+        notes = [compile_experiment(model, variant)]
     choose = partial(_with_attention, work, micro_rows, processes, notes)
     compute = choose(compute, model, "student")
     if train.fp8:
@@ -78,6 +82,7 @@ def cheaptrain_trial(work: Work, variant: str, device: torch.device, micro_rows:
     def step(number: int) -> Callable[[], Figures]:
         while len(behind) > 1:
             behind.pop(0).result()
+        before_step(variant, number)
         here = _batches(work, number, micro_rows, device) if work.loss_steps else batches[number % DISTINCT]
         started = train_step(
             root,

@@ -1,9 +1,10 @@
 """One command's worth of measuring: who is measured next, as long as there is time.
 
-Round by round, works in order of worth, the variants of a work in random order; what has the fewest samples of the
-present code comes first, so that a command repeated goes on where the last one ended. While one process measures, the
-next one imports its libraries, if there are cores for both. The trap is the end: a command that is given ten minutes
-must not be in the middle of something after them, so nothing is begun that took longer, last time, than what is left.
+Round by round, works in order of worth, the variants of a work in random order, experiments after all else; what has
+the fewest samples of the present code comes first, so that a command repeated goes on where the last one ended. While
+one process measures, the next one imports its libraries, if there are cores for both. The trap is the end: a command
+that is given ten minutes must not be in the middle of something after them, so nothing is begun that took longer, last
+time, than what is left.
 """
 
 import random
@@ -18,7 +19,7 @@ from typing import Any
 
 from cheaptrain.bench.children import Child
 from cheaptrain.bench.samples import add_sample, read_samples, same_code
-from cheaptrain.bench.works import Work
+from cheaptrain.bench.works import EXPERIMENTS, Work
 from cheaptrain.errors import CheaptrainError
 
 _READY_SECONDS = 120.0
@@ -134,16 +135,17 @@ def _in_order(
     machine: dict[str, Any],
     rounds: int,
 ) -> list[tuple[str, str, int]]:
-    """(work, variant, round) of everything there is to do."""
+    """(work, variant, round) of everything there is to do; of each round what training does not do yet comes last."""
     have = Counter(
         (s["work"], s["variant"]) for s in held if same_code(s, machine) and "error" not in s
     )  # what failed is tried again
-    order: list[tuple[int, int, float, tuple[str, str, int]]] = []
+    order: list[tuple[int, bool, int, float, tuple[str, str, int]]] = []
     for worth, (work, variants) in enumerate(chosen):
         for variant in variants:
             first = have[work.name, variant]
             for number in range(first, first + rounds):
-                order.append((number, worth, random.random(), (work.name, variant, number + 1)))
+                job = work.name, variant, number + 1
+                order.append((number, variant in EXPERIMENTS, worth, random.random(), job))
     return [job for *_, job in sorted(order)]
 
 

@@ -17,6 +17,8 @@ _BUILDERS = {
     works.CHEAPTRAIN: "ours:cheaptrain_trial",
     works.PLAIN: "ours:cheaptrain_trial",
     works.FP8: "ours:cheaptrain_trial",
+    works.LAYER_KERNELS: "ours:cheaptrain_trial",
+    works.CUDA_GRAPHS: "ours:cheaptrain_trial",
     works.TRANSFORMERS: "theirs:transformers_trial",
     works.LIGER: "theirs:transformers_trial",
     works.GPT2_LOOP: "gpt2_loop:gpt2_loop_trial",

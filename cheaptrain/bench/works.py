@@ -19,6 +19,8 @@ GPT2_LOOP = "plain GPT-2 loop"
 FULL_LOGITS, LIGER_JSD = "full logits", "liger JSD"
 TRL, TRL_FLEX = "TRL", "TRL, FlexAttention"
 FLOOR = "floor"
+LAYER_KERNELS, CUDA_GRAPHS = "cheaptrain, layer kernels", "cheaptrain, CUDA graphs"
+EXPERIMENTS = (LAYER_KERNELS, CUDA_GRAPHS)  # ways that training does not go yet: in each round after all else
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,11 @@ def _950m(name: str, title: str, seq_len: int, rows: int, variants: tuple[str, .
 
 
 GPU_WORKS = (
-    _950m("950m", "mobilellm-950m, T 2,048", 2048, 16, _AT_HAND),
-    Work("140m", "mobilellm-140m, T 2,048", Shape("mobilellm-140m"), _GPU_VOCAB, 2048, 32, 32, _AT_HAND[:3]),
+    _950m("950m", "mobilellm-950m, T 2,048", 2048, 16, (*_AT_HAND, LAYER_KERNELS)),
+    Work(
+        "140m", "mobilellm-140m, T 2,048", Shape("mobilellm-140m"), _GPU_VOCAB, 2048, 32, 32,
+        (*_AT_HAND[:3], *EXPERIMENTS),
+    ),
     Work(
         "gpt2", "gpt2-124m, T 1,024, 524,288 tokens a step", Shape("gpt2-124m"), 50_304, 1024, 512, 64,
         (CHEAPTRAIN, GPT2_LOOP), steps=6,
@@ -94,11 +99,14 @@ GPU_WORKS = (
         "sft", "SFT, 950M, one row of 32,768, packed", 32_768, 1, (CHEAPTRAIN, TRL, TRL_FLEX),
         kind="sft", documents=2000,
     ),
-    Work("360m", "mobilellm-360m, T 2,048", Shape("mobilellm-360m"), _GPU_VOCAB, 2048, 32, 32, _AT_HAND[:3]),
+    Work(
+        "360m", "mobilellm-360m, T 2,048", Shape("mobilellm-360m"), _GPU_VOCAB, 2048, 32, 32,
+        (*_AT_HAND[:3], CUDA_GRAPHS),
+    ),
     _950m("packed", "950M, T 2,048, documents of 500 tokens", 2048, 16, (CHEAPTRAIN,), documents=500, beside="950m"),
     Work(
         "r1", "mobilellm-r1-950m (llama4_text), T 2,048", Shape("mobilellm-r1-950m"), _GPU_VOCAB, 2048, 16, 16,
-        (CHEAPTRAIN, LIGER), beside="950m",
+        (CHEAPTRAIN, LIGER, LAYER_KERNELS), beside="950m",
     ),
     _950m("950m-4k", "mobilellm-950m, T 4,096", 4096, 8, (CHEAPTRAIN, LIGER)),
     _950m("950m-32k", "mobilellm-950m, one row of 32,768", 32_768, 1, (CHEAPTRAIN, LIGER)),
@@ -128,7 +136,10 @@ CPU_WORKS = (
         documents=60, beside="quick",
     ),
     Work("r1", "tiny-llama4, T 256", Shape("tiny-llama4"), _CPU_VOCAB, 256, 8, 8, (CHEAPTRAIN, TRANSFORMERS)),
-    Work("tiny", "tiny-qwen3, T 128", Shape("tiny-qwen3"), _CPU_VOCAB, 128, 4, 2, (CHEAPTRAIN, TRANSFORMERS), steps=5),
+    Work(
+        "tiny", "tiny-qwen3, T 128", Shape("tiny-qwen3"), _CPU_VOCAB, 128, 4, 2,
+        (CHEAPTRAIN, TRANSFORMERS, LAYER_KERNELS), steps=5,
+    ),
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cheaptrain_kernels import layer_gradients
 from cheaptrain_kernels.layer_backend import layer_backend
 
 _FORWARD = "(Tensor x, Tensor? residual, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
@@ -73,6 +74,11 @@ def _rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normed, sum (empty without a residual), and 1 / root mean square of each row, `[rows]` fp32."""
+    if layer_backend(x.device) == "torch":
+        total = x if residual is None else x + residual
+        inverse = torch.rsqrt(total.float().square().mean(-1) + eps).flatten()
+        normed = rms_norm_reference(total, weight, eps, dtype).contiguous()
+        return normed, x.new_empty(0) if residual is None else total.contiguous(), inverse
     from cheaptrain_kernels import triton_norm
 
     return triton_norm.rms_norm(x, residual, weight, eps, dtype)
@@ -99,9 +105,12 @@ def _rms_norm_backward(
     residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of the residual (empty where it is that of x, or there is none), and of the gain."""
+    given = grad_normed, grad_total, total, weight, inverse, x_dtype, residual_dtype
+    if layer_backend(total.device) == "torch":
+        return layer_gradients.rms_norm_backward(*given)
     from cheaptrain_kernels import triton_norm
 
-    return triton_norm.rms_norm_backward(grad_normed, grad_total, total, weight, inverse, x_dtype, residual_dtype)
+    return triton_norm.rms_norm_backward(*given)
 
 
 @_rms_norm_backward.register_fake

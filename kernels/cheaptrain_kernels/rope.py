@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cheaptrain_kernels import layer_gradients
 from cheaptrain_kernels.layer_backend import layer_backend
 
 _FORWARD = "(Tensor states, Tensor cosines, Tensor sines, Tensor? gain, float eps, bool interleaved) -> Tensor"
@@ -78,6 +79,9 @@ def rope(
 @torch.library.custom_op("cheaptrain::rope", mutates_args=(), schema=_FORWARD)
 def _rope(states: Tensor, cosines: Tensor, sines: Tensor, gain: Tensor | None, eps: float, interleaved: bool) -> Tensor:
     """`eps` 0: no norm."""
+    if layer_backend(states.device) == "torch":
+        plain = rope_reference(states, cosines, sines, interleaved=interleaved, eps=eps or None, gain=gain)
+        return plain.contiguous()
     from cheaptrain_kernels import triton_rope
 
     return triton_rope.rope(states, cosines, sines, gain, eps, interleaved)
@@ -99,9 +103,12 @@ def _rope_backward(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the states and of the gain (empty without one)."""
+    given = gradient, states, cosines, sines, gain, eps, interleaved
+    if layer_backend(states.device) == "torch":
+        return layer_gradients.rope_backward(*given)
     from cheaptrain_kernels import triton_rope
 
-    return triton_rope.rope_backward(gradient, states, cosines, sines, gain, eps, interleaved)
+    return triton_rope.rope_backward(*given)
 
 
 @_rope_backward.register_fake

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cheaptrain_kernels import layer_gradients
 from cheaptrain_kernels.layer_backend import layer_backend
 
 
@@ -36,6 +37,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 @torch.library.custom_op("cheaptrain::swiglu", mutates_args=(), schema="(Tensor gate_up) -> Tensor")
 def _swiglu(gate_up: Tensor) -> Tensor:
+    if layer_backend(gate_up.device) == "torch":
+        return swiglu_reference(gate_up).contiguous()
     from cheaptrain_kernels import triton_swiglu
 
     return triton_swiglu.swiglu(gate_up)
@@ -51,6 +54,8 @@ def _(gate_up: Tensor) -> Tensor:
 )
 def _swiglu_backward(gradient: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of `gate_up`, in its shape and dtype."""
+    if layer_backend(gate_up.device) == "torch":
+        return layer_gradients.swiglu_backward(gradient, gate_up)
     from cheaptrain_kernels import triton_swiglu
 
     return triton_swiglu.swiglu_backward(gradient, gate_up)
