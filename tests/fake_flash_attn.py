@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cheaptrain.model.attention_check import written_out
+from cheaptrain.model.attention.check import written_out
 
 
 def _documents(boundaries: Tensor, tokens: int) -> Tensor:

@@ -17,11 +17,13 @@ from transformers import GPT2Config, Qwen3Config
 from cheaptrain.checkpoint.launch_record import recorded_launch
 from cheaptrain.checkpoint.paths import RunDirectory
 from cheaptrain.errors import PreflightError
-from cheaptrain.model import attention_choice, attention_kernels, attention_libraries
 from cheaptrain.model.attention import DEFAULT, AttentionChoice
-from cheaptrain.model.attention_check import written_out
-from cheaptrain.model.attention_choice import AttentionShape, Trial, attention_shape, sample_documents, try_attention
-from cheaptrain.model.packing import packing_of
+from cheaptrain.model.attention import choice as attention_choice
+from cheaptrain.model.attention import kernels as attention_kernels
+from cheaptrain.model.attention import libraries as attention_libraries
+from cheaptrain.model.attention.check import written_out
+from cheaptrain.model.attention.choice import AttentionShape, Trial, attention_shape, sample_documents, try_attention
+from cheaptrain.model.attention.packing import packing_of
 from cheaptrain.train import attention
 from cheaptrain.train.attention import RECORD, choose_attention, recorded_choices
 
@@ -156,12 +158,12 @@ def test_a_library_is_refused_after_some_trials(monkeypatch: pytest.MonkeyPatch)
         return _right(*heads, torch.zeros(query.shape[:2]), softmax_scale)
 
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     monkeypatch.setattr(attention_choice, "_milliseconds", lambda run, device: 1.0)
     monkeypatch.setattr(attention_libraries, "_CAUSAL", {"flash3": attends, "flash4": attends})
-    for number, name in enumerate(["flash3", "flash4", "flash3", "flash4"]):
-        shape = AttentionShape(rows=1, seq=64, heads=4 + 2 * number, kv_heads=2 + number, head_dim=8)
-        assert try_attention(shape, CPU, names=[name]).milliseconds == {name: 1.0}
+    with torch._dynamo.config.patch(recompile_limit=2):  # monkeypatch would leave the setting deleted
+        for number, name in enumerate(["flash3", "flash4", "flash3", "flash4"]):
+            shape = AttentionShape(rows=1, seq=64, heads=4 + 2 * number, kv_heads=2 + number, head_dim=8)
+            assert try_attention(shape, CPU, names=[name]).milliseconds == {name: 1.0}
 
 
 def test_a_kernel_without_dropout_is_chosen_for_a_model_that_has_some(stand_in: Any) -> None:

@@ -10,12 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cheaptrain.model import attention_kernels as kernels
-from cheaptrain.model import attention_libraries as libraries
-from cheaptrain.model.attention import AttentionChoice, inputs_of
-from cheaptrain.model.attention_check import HALF_ALLOWED, forward_backward, largest_difference, written_out
-from cheaptrain.model.attention_choice import AttentionShape, sample_documents, try_attention
-from cheaptrain.model.packing import Padded, packing_of
+from cheaptrain.model.attention import AttentionChoice, inputs_of, kernels, libraries
+from cheaptrain.model.attention.check import HALF_ALLOWED, forward_backward, largest_difference, written_out
+from cheaptrain.model.attention.choice import AttentionShape, sample_documents, try_attention
+from cheaptrain.model.attention.packing import Padded, packing_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

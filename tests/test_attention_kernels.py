@@ -15,16 +15,14 @@ from torch import Tensor
 
 from cheaptrain.errors import CheaptrainError
 from cheaptrain.model import attention
-from cheaptrain.model import attention_kernels as kernels
-from cheaptrain.model import attention_libraries as libraries
-from cheaptrain.model.attention import AttentionChoice, attention_inputs, cheaptrain_attention
-from cheaptrain.model.attention_check import forward_backward, largest_difference, written_out
-from cheaptrain.model.packing import Padded, packing_of
+from cheaptrain.model.attention import AttentionChoice, attention_inputs, cheaptrain_attention, kernels, libraries
+from cheaptrain.model.attention.check import forward_backward, largest_difference, written_out
+from cheaptrain.model.attention.packing import Padded, packing_of
 
 torch.set_num_threads(1)
 
 DOCUMENTS = torch.tensor([[0] * 1 + [1] * 12 + [2] * 11, [0] * 23 + [1] * 1], dtype=torch.int32)
-FLASH4 = "cheaptrain.model.attention_flash4"
+FLASH4 = "cheaptrain.model.attention.flash4"
 
 
 @pytest.fixture(params=["flash2", "flash3", "flash3 with tuples", "flash4"])
@@ -82,7 +80,7 @@ def test_a_library_gets_its_arguments_in_other_places(library: str, compiled: bo
 
 @pytest.mark.parametrize("library", ["flash4"], indirect=True)
 def test_flash4_operators_promise_other_shapes_than_they_give(library: str) -> None:
-    from cheaptrain.model import attention_flash4
+    from cheaptrain.model.attention import flash4 as attention_flash4
 
     (query, key, value), _ = _inputs()
     query, key, value = (x.transpose(1, 2).detach().requires_grad_() for x in (query, key, value))

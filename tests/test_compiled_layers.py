@@ -21,11 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from cheaptrain.errors import CheaptrainError
-from cheaptrain.model import attention, attention_kernels, compiled
+from cheaptrain.model import attention, compiled
 from cheaptrain.model.attention import attention_inputs
+from cheaptrain.model.attention import kernels as attention_kernels
+from cheaptrain.model.attention.packing import packing_of
 from cheaptrain.model.compiled import compile_counts, compile_layers, use_compile_cache
-from cheaptrain.model.graph_passes import merge_linears
-from cheaptrain.model.packing import packing_of
+from cheaptrain.model.compiled.merging import merge_linears
 from cheaptrain.model.parts import decoder, decoder_layers
 from cheaptrain.parallel.mesh import make_mesh
 from cheaptrain.parallel.parallelize import parallelize

@@ -16,11 +16,12 @@ from torch.nn import functional as F
 from transformers import GPT2Config, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from cheaptrain.errors import CheaptrainError, PreflightError
-from cheaptrain.model import attention, attention_kernels
+from cheaptrain.model import attention
 from cheaptrain.model import context as context_parallel
 from cheaptrain.model.attention import attention_inputs, cheaptrain_attention
+from cheaptrain.model.attention import kernels as attention_kernels
+from cheaptrain.model.attention.packing import boundaries_of
 from cheaptrain.model.context import Context, check_context, heads_for_tokens, tokens_for_heads
-from cheaptrain.model.packing import boundaries_of
 from cheaptrain.model.parts import decoder, decoder_layers, head
 from cheaptrain.recipe.schema import Model
 

@@ -26,7 +26,8 @@ from cheaptrain.doctor.remedies import Interface, candidates, try_in_order
 from cheaptrain.doctor.subject import count_processes
 from cheaptrain.doctor.view import WIDTH, print_section
 from cheaptrain.errors import PreflightError, RecipeError
-from cheaptrain.model import attention, attention_check
+from cheaptrain.model import attention
+from cheaptrain.model.attention import check as attention_check
 from cheaptrain.recipe.schema import Parallel
 
 torch.set_num_threads(1)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from cheaptrain.model import compiled
 from cheaptrain.model.compiled import compile_counts, compile_layers
-from cheaptrain.model.graph_kernels import Found, LayerKernels, use_kernels
+from cheaptrain.model.compiled.layer_kernels import Found, LayerKernels, use_kernels
 from cheaptrain.model.parts import decoder_layers
 
 OPERATORS = LayerKernels(

@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
 
 from cheaptrain.errors import CheaptrainError, RecipeError
-from cheaptrain.model import attention, attention_kernels
+from cheaptrain.model import attention
 from cheaptrain.model.attention import attention_inputs, cheaptrain_attention
-from cheaptrain.model.attention_asked import unsupported_attention
-from cheaptrain.model.packing import boundaries_of
+from cheaptrain.model.attention import kernels as attention_kernels
+from cheaptrain.model.attention.asked import unsupported_attention
+from cheaptrain.model.attention.packing import boundaries_of
 from cheaptrain.model.parts import decoder, decoder_layers
 from cheaptrain.model.proof import plain_twin
 from cheaptrain.recipe.schema import Model

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from cheaptrain.bench.trial import Unavailable
 from cheaptrain.bench.works import CUDA_GRAPHS, LAYER_KERNELS, Work
 from cheaptrain.model.compiled import compile_layers
-from cheaptrain.model.graph_kernels import Found, LayerKernels, use_kernels
+from cheaptrain.model.compiled.layer_kernels import Found, LayerKernels, use_kernels
 from cheaptrain.model.parts import decoder_layers
 
 # Of a layer. What its first norm is of was added up at the end of the layer before.

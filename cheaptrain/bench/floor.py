@@ -29,7 +29,7 @@ from cheaptrain.bench.measure import wait_for
 from cheaptrain.bench.rows import step_rows
 from cheaptrain.bench.trial import config_of
 from cheaptrain.bench.works import Shape, Work
-from cheaptrain.model.attention_choice import AttentionShape, try_attention
+from cheaptrain.model.attention.choice import AttentionShape, try_attention
 from cheaptrain.model.build import meta_model
 from cheaptrain.model.parts import decoder_layers, head
 

@@ -1,7 +1,7 @@
 """Every way attention can be computed on this device, run forward and backward and held against plain arithmetic.
 
 Two of them are what training takes unless it finds a faster one when it starts: rows that are one document, and packed
-rows. The others are the kernels that it may find (`attention_kernels.py`), of SDPA for the first and of the flash-attn
+rows. The others are the kernels that it may find (`kernels.py`), of SDPA for the first and of the flash-attn
 libraries for both, and plain arithmetic. The numbers are compared with softmax written out in fp64.
 """
 
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cheaptrain.model import attention_libraries as libraries
-from cheaptrain.model.attention import DEFAULT, AttentionChoice, attention_inputs, cheaptrain_attention
-from cheaptrain.model.attention_check import HALF_ALLOWED, forward_backward, largest_difference, written_out
+from cheaptrain.model.attention import DEFAULT, AttentionChoice, attention_inputs, cheaptrain_attention, libraries
+from cheaptrain.model.attention.check import HALF_ALLOWED, forward_backward, largest_difference, written_out
 
 CAUSAL, PACKED, PACKED_FP32 = "causal rows", "packed rows", "packed, fp32"
 TRAINED_WITH = (CAUSAL, PACKED)

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from transformers.utils import cached_file
 
 from cheaptrain.errors import RecipeError
-from cheaptrain.model.attention_asked import unsupported_attention
+from cheaptrain.model.attention.asked import unsupported_attention
 from cheaptrain.model.growth import Growth, plan_growth, size_of_tokenizer
 from cheaptrain.model.presets import find_preset
 from cheaptrain.recipe import schema

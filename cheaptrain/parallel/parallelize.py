@@ -34,7 +34,7 @@ def parallelize(
     """Lay `model` out over `mesh` (see mesh.py), in place, and return the module to call.
 
     `dtype` is what layers compute in (autocast does the casting; sharded weights are gathered in it). `recompute`:
-    layers keep their input only and run again in the backward pass. `compile_layers`: see `model/compiled.py`; where
+    layers keep their input only and run again in the backward pass. `compile_layers`: see `model/compiled`; where
     nothing of the model trains, a forward pass without gradients is compiled too. The model must hold the same weights
     on every process, on the CPU or the mesh's device. A frozen teacher goes through here as well. Raises PreflightError
     where the model cannot be split.

@@ -21,10 +21,8 @@ from cheaptrain.checkpoint.paths import RunDirectory
 from cheaptrain.checkpoint.rundir import OpenedRun
 from cheaptrain.data.loader import Loader
 from cheaptrain.errors import PreflightError
-from cheaptrain.model import attention_kernels as kernels
-from cheaptrain.model import attention_libraries as libraries
-from cheaptrain.model.attention import DEFAULT, AttentionChoice
-from cheaptrain.model.attention_choice import (
+from cheaptrain.model.attention import DEFAULT, AttentionChoice, kernels, libraries
+from cheaptrain.model.attention.choice import (
     CAUSAL,
     PACKED,
     AttentionShape,

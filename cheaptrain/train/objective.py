@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 
 from cheaptrain.data.rows import RowBatch
 from cheaptrain.model.attention import DEFAULT, AttentionChoice, attention_inputs
+from cheaptrain.model.attention.packing import Padded
 from cheaptrain.model.context import Context
-from cheaptrain.model.packing import Padded
 from cheaptrain.model.parts import decoder, head
 from cheaptrain.train.neftune import noisy
 

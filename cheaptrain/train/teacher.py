@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from cheaptrain.data.rows import RowBatch
 from cheaptrain.errors import CheaptrainError, PreflightError, RecipeError
-from cheaptrain.model.attention_asked import unsupported_attention
+from cheaptrain.model.attention.asked import unsupported_attention
 from cheaptrain.model.build import build_model
 from cheaptrain.model.config import model_config
 from cheaptrain.model.parts import decoder_layers, head

@@ -8,11 +8,11 @@ these are grouped, in half precision, and return `[rows, seq, heads, head_dim]`.
 
     cudnn, flash, efficient   causal: torch's scaled_dot_product_attention, with the one that is named first in line
     varlen                    packed: torch.nn.attention.varlen
-    flash2, flash3, flash4    both: the flash-attn libraries, where they are installed (`attention_libraries.py`)
+    flash2, flash3, flash4    both: the flash-attn libraries, where they are installed (`libraries.py`)
 
 The trap it avoids: SDPA left to itself takes flash, which is a third slower than cuDNN on Hopper GPUs; and it takes
 something else without a word where the one asked for cannot do a shape, so a trial has to allow that one alone
-(`sdpa_alone`). Which kernel a run takes is measured at its start (`attention_choice.py`).
+(`sdpa_alone`). Which kernel a run takes is measured at its start (`choice.py`).
 """
 
 import inspect
@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from cheaptrain.errors import CheaptrainError
-from cheaptrain.model import attention_libraries as libraries
+from cheaptrain.model.attention import libraries
 
 CUDNN, FLASH, EFFICIENT, VARLEN = "cudnn", "flash", "efficient", "varlen"
 CAUSAL_KERNELS = (CUDNN, FLASH, EFFICIENT, *libraries.NAMES)

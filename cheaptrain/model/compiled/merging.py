@@ -20,7 +20,7 @@ from torch import fx
 from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cheaptrain.model.graph_nodes import argument, call, cast, changes_something, is_given, value
+from cheaptrain.model.compiled.nodes import argument, call, cast, changes_something, is_given, value
 
 _LINEAR = (functional.linear, torch._C._nn.linear)  # type: ignore[attr-defined]
 

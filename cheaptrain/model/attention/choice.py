@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from cheaptrain.model import attention_kernels as kernels
-from cheaptrain.model import attention_libraries as libraries
-from cheaptrain.model.attention_check import HALF_ALLOWED, forward_backward, largest_difference, written_out
-from cheaptrain.model.packing import packing_of
+from cheaptrain.model.attention import kernels, libraries
+from cheaptrain.model.attention.check import HALF_ALLOWED, forward_backward, largest_difference, written_out
+from cheaptrain.model.attention.packing import packing_of
 
 CAUSAL, PACKED = "causal", "packed"
 _DTYPE = torch.bfloat16

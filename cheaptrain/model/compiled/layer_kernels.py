@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from cheaptrain.model.graph_nodes import (
+from cheaptrain.model.compiled.nodes import (
     argument,
     arguments,
     call,

@@ -4,7 +4,7 @@ Written for flash-attn 2.8, the interface of flash-attn 3 in the `hopper` folder
 flash-attn-4 4.0.0b36. All three have `flash_attn_func` and `flash_attn_varlen_func`, which take tokens before heads and
 know grouped heads; the keywords used here are those they agree on. Versions 2 and 3 register what they launch as
 operators, so that a compiled layer keeps them in its graph. Version 4 registers nothing: its two launches are wrapped
-as operators in `attention_flash4.py`. Some builds return the output alone, others a tuple that begins with it.
+as operators in `flash4.py`. Some builds return the output alone, others a tuple that begins with it.
 
 The trap it avoids: an import within a compiled layer, and one that fails there. A library is loaded once, before the
 first step (`load`), and whether it can be is said in words (`why_not`).
@@ -22,7 +22,7 @@ LABELS = {"flash2": "flash-attn 2", "flash3": "flash-attn 3", "flash4": "flash-a
 _MODULES = {
     "flash2": "flash_attn",
     "flash3": "flash_attn_interface",
-    "flash4": "cheaptrain.model.attention_flash4",
+    "flash4": "cheaptrain.model.attention.flash4",
 }
 _CAUSAL: dict[str, Callable[..., Any]] = {}
 _PACKED: dict[str, Callable[..., Any]] = {}

@@ -5,7 +5,7 @@ tokens may see which is decided once per micro-batch by `attention_inputs`, outs
 decoder as keyword arguments. On a GPU rows of several documents run as one variable-length batch without any seq × seq
 mask; on a CPU SDPA gets a block-diagonal mask, or, in rows so long that the mask would cost more than the tokens, one
 document after the other; rows that are one document each are plain causal attention everywhere. Which of the GPU's
-kernels (`attention_kernels.py`) does it is the run's choice (`AttentionChoice`).
+kernels (`kernels.py`) does it is the run's choice (`AttentionChoice`).
 Where several processes share a row, they exchange tokens for heads before and after (see context.py), so the rest here
 always deals with whole rows.
 
@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from cheaptrain.errors import CheaptrainError
-from cheaptrain.model import attention_kernels as kernels
-from cheaptrain.model.attention_asked import refuse_what_is_not_honoured
+from cheaptrain.model.attention import kernels
+from cheaptrain.model.attention.asked import refuse_what_is_not_honoured
+from cheaptrain.model.attention.packing import Packing, Padded, packing_of, segments_of
 from cheaptrain.model.context import Context, heads_for_tokens, tokens_for_heads
-from cheaptrain.model.packing import Packing, Padded, packing_of, segments_of
 
 NAME = "cheaptrain"
 
@@ -39,7 +39,7 @@ LONGEST_MASK = 512
 @dataclass(frozen=True)
 class AttentionChoice:
     """Which kernel runs on a GPU in half precision, for rows that are one document each and for packed ones; names of
-    `attention_kernels.py`. What `attention_choice.py` measures replaces these."""
+    `kernels.py`. What `choice.py` measures replaces these."""
 
     causal: str = kernels.CUDNN
     packed: str = kernels.VARLEN

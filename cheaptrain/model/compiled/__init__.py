@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 
 from cheaptrain.errors import CheaptrainError
-from cheaptrain.model.graph_passes import merge_linears
+from cheaptrain.model.compiled.merging import merge_linears
 
 # Of one layer's forward. A student and a teacher of one class, with two kinds of layers and two kinds of packing, make
 # eight, which is also where torch gives up by itself.
@@ -53,7 +53,7 @@ def compile_layers(
     """Compile the forward of each layer, in place; what hooks do around it stays outside.
 
     Without gradients the plain forward runs, unless the layers are `frozen`: then it is always the compiled one.
-    `merge`: linear layers of one input become one (`graph_passes.py`); by default where there is a backward pass: the
+    `merge`: linear layers of one input become one (`merging.py`); by default where there is a backward pass: the
     weights of a frozen layer would only be copied. `passes`: what else is done to each graph, in this order; functions
     of a module, or layers compiled apart share no graph. `cuda_graphs`: on a GPU the kernels of each graph are recorded
     and started as one, and what cannot be recorded is an error; what a step's graphs gave is gone after
