@@ -135,7 +135,7 @@ def choose_attention(
         choice = AttentionChoice(**record["choice"])
         report(f"{title}: as before, {_in_words(choice, situations)}")
     else:
-        if earlier:
+        if whose in earlier:
             report(f"{title}: measured again, because machine, versions or shapes are not those of the launch before")
         trials = processes.on_main(lambda: _trials(shape, situations, asked, device, documents))
         choice = _decide(trials, asked, title, report)
