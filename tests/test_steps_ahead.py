@@ -78,7 +78,7 @@ def undisturbed(folder: Path) -> Iterator[Path]:
     yield folder / "at-once"
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_reading_figures_late_changes_a_record_or_a_weight(folder: Path, undisturbed: Path, optimizer: str) -> None:
     plain = undisturbed
     if optimizer == "muon":
@@ -90,7 +90,7 @@ def test_reading_figures_late_changes_a_record_or_a_weight(folder: Path, undistu
     assert _same(_weights(late), _weights(plain))
 
 
-@pytest.mark.parametrize("at", [1, 13, 23])
+@pytest.mark.parametrize("at", [13, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 23))])
 def test_a_stop_loses_the_step_that_was_handed_over_already(folder: Path, undisturbed: Path, at: int) -> None:
     name = f"stopped-{at}"
 
