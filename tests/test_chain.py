@@ -148,6 +148,7 @@ def test_a_teacher_may_come_from_an_earlier_stage_and_not_from_a_later_one(folde
         survey_all(load_recipes([student]), 1)
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_not_skipped_once_its_ancestor_was_trained_anew(folder: Path) -> None:
     one, two = _recipe(folder, "old-1"), _recipe(folder, "old-2", init_from=_after(folder, "old-1"))
     log = folder / "old.log"

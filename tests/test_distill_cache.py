@@ -93,7 +93,7 @@ def test_training_from_the_cache_is_training_with_top_k_of_the_teacher(folder: P
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("layout", [("parallel.dp_shard=2",), ("parallel.cp=2",)])
+@pytest.mark.parametrize("layout", [("parallel.dp_shard=2",), pytest.param(("parallel.cp=2",), marks=pytest.mark.slow)])
 def test_any_processes_read_the_same_of_the_cache(folder: Path, layout: tuple[str, ...]) -> None:
     name, log = f"together-{len(layout[0])}", folder / "together.log"
     recipe = _student(folder, name)

@@ -96,6 +96,7 @@ def _evaluate(final: Path) -> None:
     assert -20 < likely < 0 and likely > unlikely + 2, (likely, unlikely)
 
 
+@pytest.mark.slow
 def test_fewer_processes_than_the_recipe_says_train_as_something_else(folder: Path) -> None:
     doors = {
         "launch": [*CLI, "run.toml", "run.dir=other", "--processes", "1"],

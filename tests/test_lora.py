@@ -127,6 +127,7 @@ def adapted(folder: Path, run: str, **lora_keys: Any) -> str:
     return write_recipe(folder / f"{run}.toml", table)
 
 
+@pytest.mark.slow
 def test_adapters_stopped_and_resumed_are_other_adapters(folder: Path) -> None:
     straight, broken = adapted(folder, "straight"), adapted(folder, "broken")
     assert run_child(train(straight), folder / "straight.log") == 0, tail(folder / "straight.log")

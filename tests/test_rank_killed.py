@@ -112,7 +112,7 @@ def _whole_steps(notes: Path, processes: int) -> dict[int, list[list[int]]]:
     return rows_of_steps(kept)
 
 
-@pytest.mark.parametrize("seed", [12, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8))])
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow) for seed in (12, *range(8))])
 def test_a_killed_process_leaves_the_others_hanging_or_a_run_that_cannot_go_on(folder: Path, seed: int) -> None:
     draw, run = random.Random(seed), RunDirectory(folder / f"run-{seed}")
     recipe = write_recipe(folder / f"run-{seed}.toml", _table(folder, run.path.name))

@@ -152,6 +152,7 @@ def test_stopped_in_an_epoch_a_run_goes_on_otherwise(folder: Path) -> None:
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_more_processes_read_other_conversations(folder: Path) -> None:
     recipe = write_recipe(folder / "two.toml", chat_table(folder, "two", loss_weighting="example"))
     alone = write_recipe(folder / "one.toml", chat_table(folder, "one", loss_weighting="example"))
