@@ -60,6 +60,7 @@ def test_ids_and_masks_on_disk_are_not_those_of_the_conversations(tmp_path: Path
     assert all(f"train-{unit['index']:05d}.mask" in manifest.files for unit in manifest.units)
 
 
+@pytest.mark.slow
 def test_preparing_conversations_killed_midway_gives_other_bytes(tmp_path: Path) -> None:
     source = {"files": str(write_chats(tmp_path / "a.jsonl", numbered_chats(500, turns=3)))}
     expected = prepare_recipe(

@@ -176,7 +176,7 @@ def _twenty_saves(rank: int, size: int, path: str) -> tuple[list[int], list[int]
     return list(rss), list(files), list(threads)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_memory_and_open_files_stay_flat_over_twenty_saves(tmp_path: Path, size: int) -> None:
     # Buffers of 6 MB each come and go, and the allocator keeps one or two of them or not. A copy that is not given back
     # would be 84 MB more in the end.

@@ -206,7 +206,7 @@ def test_a_configuration_in_the_home_directory_changes_what_runs(tmp_path: Path)
         assert up["argv"] == ["recipe.toml"]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_reaches_the_processes_twice_or_never(tmp_path: Path, processes: int) -> None:
     run = Launch(tmp_path, "all:train", processes)
     run.await_notes("training", processes)

@@ -127,6 +127,7 @@ def _kept(run: Path) -> dict[str, Any]:
     return kept
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_asked_again_or_forgets_what_it_could_before(folder: Path) -> None:
     recipe, log = write_recipe(folder / "broken.toml", _table(folder, "broken")), folder / "broken.log"
 

@@ -294,9 +294,8 @@ def test_a_flipped_byte_in_a_shard_is_refused_before_training(tmp_path: Path) ->
     assert shard.name in tail(tmp_path / "log")
 
 
-@pytest.mark.parametrize(
-    "optimizer, compile", [("muon", "off"), pytest.param("adamw", "layers", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("optimizer, compile", [("muon", "off"), ("adamw", "layers")])
+@pytest.mark.slow
 def test_other_optimizers_and_compiled_layers_learn_and_resume(folder: Path, optimizer: str, compile: str) -> None:
     losses = []
     for name in ("straight", "resumed"):
@@ -320,6 +319,7 @@ def test_other_optimizers_and_compiled_layers_learn_and_resume(folder: Path, opt
     assert losses[0][-1] < losses[0][0] - 0.5
 
 
+@pytest.mark.slow
 def test_the_graphs_of_the_stages_before_are_counted_against_the_last_one(folder: Path) -> None:
     """torch gives a layer's code so many graphs in a process, whoever they were for."""
     recipes = []

@@ -120,6 +120,7 @@ def test_a_signal_in_the_middle_of_validation_is_heard_at_its_end(folder: Path) 
     run.ends()
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_step_costs_the_last_validation(folder: Path) -> None:
     run = Launches(folder, "last")
     run.ends(_on(1, partial(signal_at_step, run.steps)))

@@ -170,7 +170,8 @@ def test_tokens_are_put_into_rows_of_which_nobody_knows_whether_they_mean_someth
     origin(spec, base, [])
 
 
-@pytest.mark.parametrize("at_once", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [False, True])
 def test_a_chat_stage_grows_once_and_its_checkpoint_can_talk(tmp_path: Path, at_once: bool) -> None:
     write_texts(tmp_path)
     write_chats(tmp_path / "chats.jsonl", numbered_chats(60))

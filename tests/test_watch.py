@@ -143,6 +143,7 @@ def test_a_stopped_rank_keeps_the_job_for_ever(tmp_path: Path) -> None:
     assert "rank 2 has not been heard of for" in report and "last seen in phase 'backward', step 7" in report
 
 
+@pytest.mark.slow
 def test_the_rank_that_holds_the_store_is_stopped_and_nobody_can_say_so(tmp_path: Path) -> None:
     def part(rank: int, watcher: Watch, processes: Processes) -> None:
         watcher.beat("backward", 7)
@@ -157,6 +158,7 @@ def test_the_rank_that_holds_the_store_is_stopped_and_nobody_can_say_so(tmp_path
     assert "the store, which rank 0 (last seen in phase 'backward', step 7" in said
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_waited_for_where_no_connection_breaks(tmp_path: Path) -> None:
     """The others compute and beat: only the watch can notice."""
 
