@@ -298,6 +298,7 @@ def test_a_history_that_does_not_begin_at_the_start_is_believed() -> None:
             Done(5, 5, 5, stretches)
 
 
+@pytest.mark.slow
 def test_a_run_that_changes_its_batch_reads_other_rows_or_loses_its_history(tmp_path: Path) -> None:
     write_texts(tmp_path)
     table = recipe_table(tmp_path)

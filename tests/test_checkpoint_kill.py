@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 
 # One process that imports torch once and forks the trainers that are to be killed.
@@ -128,6 +130,7 @@ print(killed)
 """
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_lose_no_checkpoint_and_leave_nothing_half_made(tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(10**6)
     (killed,) = trainer(RANDOM_MOMENTS, tmp_path, seed)

@@ -204,6 +204,7 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", ["two", pytest.param("tp", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_stop_changes_bits_of_a_run_on_the_same_layout(folder: Path, name: str) -> None:
     session, runs = SAME[name], []
     for how in ("whole", "stopped"):

@@ -139,6 +139,7 @@ def test_the_model_learns_nothing_from_what_assistants_say(folder: Path) -> None
     assert ledger["tokens_seen"] == found.resolved.rows * SEQ
 
 
+@pytest.mark.slow
 def test_stopped_in_an_epoch_a_run_goes_on_otherwise(folder: Path) -> None:
     """With noise on the embeddings (NEFTune), drawn anew in every step."""
     recipe = write_recipe(folder / "broken.toml", chat_table(folder, "broken", neftune_alpha=5.0))

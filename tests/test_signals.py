@@ -110,6 +110,7 @@ def test_a_second_signal_waits_for_a_main_thread_that_hangs_in_c(tmp_path: Path)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_signal_to_a_forked_child_stops_its_parent(tmp_path: Path) -> None:
     def work() -> None:
         with stop_on_signals() as stop:

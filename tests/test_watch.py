@@ -205,6 +205,7 @@ def test_a_rank_that_holds_the_interpreter_is_silent_about_its_stack(tmp_path: P
     assert "hold_the_interpreter" in (tmp_path / "stderr-1").read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_that_left_with_an_error_is_not_named_by_those_who_wait(tmp_path: Path) -> None:
     def part(rank: int, watcher: Watch, processes: Processes) -> None:
         watcher.beat("saving", 9)
