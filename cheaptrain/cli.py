@@ -346,7 +346,7 @@ def schema(out: Annotated[Path | None, typer.Option(help="file to write to; defa
 
 def main() -> None:
     """Entry point of the `cheaptrain` command."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is there; why: `launching.apply_environment`
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is there; why: `launching.set_defaults`
     guarded(lambda: app())
 
 

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def environment_of(device: torch.device) -> dict[str, Any]:
     return {
         "cheaptrain": cheaptrain.__version__,
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "packages": versions_of(_PACKAGES),
         "cuda": torch.version.cuda if on_gpu else None,
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu(),
         "gpus": torch.cuda.device_count() if on_gpu else 0,
@@ -77,6 +78,11 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return asked.stdout.strip() if asked.returncode == 0 else None
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those that are installed."""
+    return {name: version for name in packages if (version := _version(name)) is not None}
 
 
 def _version(package: str) -> str | None:

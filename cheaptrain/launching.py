@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -158,17 +158,25 @@ def recipe_environment(recipes: Sequence[LoadedRecipe]) -> dict[str, str]:
     return environment
 
 
+def set_defaults(environment: MutableMapping[str, str], asked: Collection[str] = ()) -> None:
+    """What a training process has in its `environment` unless somebody, there or among the names `asked`, says
+    otherwise.
+
+    OpenMP threads that wait sleep: spinning, those of one training process took six times as long for a step as soon
+    as anything else ran on the same cores (docs/log.md). And segments of GPU memory grow, so that what was freed is of
+    use to tensors of another size."""
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not any(name in environment or name in asked for name in _ALLOCATOR):
+        environment[_ALLOCATOR[0]] = "expandable_segments:True"
+
+
 def apply_environment(recipes: Sequence[LoadedRecipe]) -> None:
     """Make `[env]` the environment of this process. Where a value is new the process starts itself again, because
     libraries read theirs when they are loaded, some before the first line of Python. Returns when all is set.
 
-    Unless somebody says otherwise, OpenMP threads that wait sleep: spinning, those of one training process took six
-    times as long for a step as soon as anything else ran on the same cores (docs/log.md). And segments of GPU memory
-    grow, so that what was freed is of use to tensors of another size."""
+    What nobody says otherwise is as `set_defaults` has it."""
     asked = recipe_environment(recipes)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not any(name in os.environ or name in asked for name in _ALLOCATOR):
-        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+    set_defaults(os.environ, asked)
     wanted = {name: value for name, value in asked.items() if os.environ.get(name) != value}
     os.environ.update(wanted)
     if wanted and ENV_APPLIED not in os.environ:  # once: Python changes some itself when it starts, LC_CTYPE for one

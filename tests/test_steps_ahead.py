@@ -13,8 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from small_runs import ledger_of, prepare, read_lines, recipe_table, run_child, tail, train, write_recipe, write_texts
+from small_runs import (
+    final_weights,
+    ledger_of,
+    prepare,
+    read_lines,
+    recipe_table,
+    run_child,
+    tail,
+    train,
+    write_recipe,
+    write_texts,
+)
 
 from cheaptrain.train import chain, loop
 
@@ -64,10 +74,6 @@ def _records(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "final" / "model.safetensors")
-
-
 def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -87,7 +93,7 @@ def test_reading_figures_late_changes_a_record_or_a_weight(folder: Path, undistu
     late = folder / f"late-{optimizer}"
     assert _trained(folder, late.name, 1, optimizer=optimizer) == 0, tail(folder / f"{late.name}.log")
     assert _records(late) == _records(plain)
-    assert _same(_weights(late), _weights(plain))
+    assert _same(final_weights(late), final_weights(plain))
 
 
 @pytest.mark.parametrize("at", [13, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 23))])
@@ -114,7 +120,7 @@ def test_a_stop_loses_the_step_that_was_handed_over_already(folder: Path, undist
         assert ledger_of(newest)["rows_seen"] == 4 * done
         ended = _trained(folder, name, 1)
     assert ended == 0, tail(folder / f"{name}.log")
-    assert _same(_weights(run), _weights(undisturbed))
+    assert _same(final_weights(run), final_weights(undisturbed))
     assert _records(run) == _records(undisturbed)
 
 
@@ -147,7 +153,7 @@ def test_a_step_that_is_not_finite_is_skipped_like_any_other_way(folder: Path) -
         code = _trained(folder, name, ahead, _broken_at(4, 5, 12, 24), on_nonfinite="skip")
         assert code == 0, tail(folder / f"{name}.log")
     plain, late = folder / "skip-at-once", folder / "skip-late"
-    assert _same(_weights(plain), _weights(late))
+    assert _same(final_weights(plain), final_weights(late))
     skipped = [record.get("train/skipped_steps") for record in _records(late) if "train/loss" in record]
     assert skipped == [record.get("train/skipped_steps") for record in _records(plain) if "train/loss" in record]
     assert skipped[2:5] == [None, 1, 2] and skipped[-1] == 4

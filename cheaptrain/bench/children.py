@@ -16,6 +16,7 @@ from collections import deque
 from typing import Any
 
 from cheaptrain.bench.child import MARK
+from cheaptrain.launching import set_defaults
 
 _GRACE_SECONDS = 15.0  # for a process that said its result to end by itself
 _KEPT_LINES = 30
@@ -89,11 +90,9 @@ class Child:
 
 
 def _environment() -> dict[str, str]:
-    """The same for all variants. Segments that grow keep what was freed usable for tensors of another size."""
+    """The same for all variants: what a run has."""
     environment = dict(os.environ)
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:
-        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    set_defaults(environment)
     environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU for all: some take every one they see
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     environment.setdefault("HF_HUB_OFFLINE", "1")

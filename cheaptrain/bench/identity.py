@@ -5,12 +5,12 @@ and not committed. Figures of two hashes are never put into one median.
 """
 
 import hashlib
-import importlib.metadata
 from pathlib import Path
 
 import cheaptrain_kernels
 
 import cheaptrain
+from cheaptrain.environment import versions_of
 
 _FOLDERS = ("bench", "data", "model", "parallel", "train")
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "liger-kernel", "trl", "torchao", "flash-attn")
@@ -28,10 +28,4 @@ def code_hash() -> str:
 
 def versions() -> dict[str, str]:
     """Of the packages that are installed."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return versions_of(_PACKAGES)

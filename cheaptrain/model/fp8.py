@@ -22,11 +22,16 @@ _MULTIPLE = 16  # of both sides of a matrix, for the products of the hardware
 _CAPABILITY = (8, 9)  # compute capability from which on a GPU has them
 
 
+def multiplies_in_fp8(device: torch.device) -> bool:
+    """Whether `device` is a GPU that has products of 8-bit floats."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+
 def refuse_fp8(device: torch.device, *, tp: int) -> None:
     """Raise PreflightError where train.fp8 cannot be had."""
     if importlib.util.find_spec("torchao") is None:
         raise PreflightError("train.fp8 needs torchao; run: pip install torchao")
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _CAPABILITY:
+    if not multiplies_in_fp8(device):
         raise PreflightError(
             "train.fp8 needs a GPU that computes in 8-bit floats (Ada, Hopper or newer): set train.fp8 = false"
         )

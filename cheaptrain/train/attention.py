@@ -7,7 +7,6 @@ says, as long as machine, versions and shapes are those it was measured for; whe
 says so.
 """
 
-import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +19,7 @@ from cheaptrain.checkpoint.launch_record import Note, launches, read_launch
 from cheaptrain.checkpoint.paths import RunDirectory
 from cheaptrain.checkpoint.rundir import OpenedRun
 from cheaptrain.data.loader import Loader
+from cheaptrain.environment import versions_of
 from cheaptrain.errors import PreflightError
 from cheaptrain.model.attention import DEFAULT, AttentionChoice, kernels, libraries
 from cheaptrain.model.attention.choice import (
@@ -222,15 +222,8 @@ def _made_for(shape: AttentionShape, situations: tuple[str, ...], asked: str, de
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "packages": versions_of(_PACKAGES),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _in_words(choice: AttentionChoice, situations: tuple[str, ...]) -> str:

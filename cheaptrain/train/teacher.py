@@ -25,6 +25,7 @@ from cheaptrain.errors import CheaptrainError, PreflightError, RecipeError
 from cheaptrain.model.attention.asked import unsupported_attention
 from cheaptrain.model.build import build_model
 from cheaptrain.model.config import model_config
+from cheaptrain.model.fp8 import multiplies_in_fp8
 from cheaptrain.model.parts import decoder_layers, head
 from cheaptrain.model.proof import prove_documents_isolated, prove_head
 from cheaptrain.parallel.parallelize import parallelize
@@ -34,7 +35,6 @@ from cheaptrain.recipe.parents import teacher_model
 from cheaptrain.recipe.schema import Distill, Model
 from cheaptrain.train.objective import Compute, hidden_states
 
-_FP8 = (8, 9)  # compute capability from which on a GPU has it
 _UNBOUNDED = 1 << 30
 
 
@@ -146,7 +146,7 @@ def refuse_precision(distill: Distill, device: torch.device, tp: int) -> torch.d
                 f'distill.precision = "{precision}": every process keeps a quantised teacher whole, which does not go '
                 f'with parallel.tp = {tp}: set distill.precision = "bf16", or parallel.tp = 1'
             )
-        if precision == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8):
+        if precision == "fp8" and not multiplies_in_fp8(device):
             raise PreflightError(
                 'distill.precision = "fp8" needs a GPU that computes in it (Ada, Hopper or newer): set "int8" or "bf16"'
             )
